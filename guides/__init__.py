@@ -1,0 +1,9 @@
+"""Variational families over the latent variables, one file a family."""
+
+# Imported as plain ``guides`` this folder would load a second copy of every class.
+if __name__ != "lrvd_pyro.guides":
+    raise ImportError("import lrvd_pyro.guides, not guides")
+
+from lrvd_pyro.guides.rank_diagonal import RankDiagonal
+
+__all__ = ["RankDiagonal"]

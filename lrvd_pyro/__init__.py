@@ -1,0 +1,23 @@
+"""Bayesian low-rank adaptation: the LoRA-adapted network as a Pyro model."""
+
+from lrvd_pyro import distributions, guides, likelihoods, models, optim, priors
+from lrvd_pyro.elbo import RankELBO, linear_warmup
+from lrvd_pyro.predict import posterior_mean, posterior_sample, predict
+from lrvd_pyro.rank_space import RankSpace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RankELBO",
+    "RankSpace",
+    "distributions",
+    "guides",
+    "likelihoods",
+    "linear_warmup",
+    "models",
+    "optim",
+    "posterior_mean",
+    "posterior_sample",
+    "predict",
+    "priors",
+]

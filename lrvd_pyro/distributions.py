@@ -1,0 +1,187 @@
+"""The log-uniform distribution, and closed-form KL divergences in nats."""
+
+import math
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from pyro.distributions import Normal, TorchDistribution, constraints
+from torch import Tensor
+from torch.distributions import register_kl
+
+# log p(z) = -log|z| - LOG_UNIFORM_CONSTANT makes KL(N(1, a) || p) -> 0 as a -> inf.
+LOG_UNIFORM_CONSTANT = 0.5 * (1 + math.log(2 * math.pi) + np.euler_gamma + math.log(2))
+
+
+class LogUniform(TorchDistribution):
+    """The scale-invariant improper density ``p(z) = exp(-c) / |z|`` on the real line.
+
+    The constant ``c = (1 + log 2 pi + gamma + log 2) / 2 = 2.0541`` is a convention:
+    with it, a Monte Carlo KL and the closed form `log_uniform_kl` agree. An objective
+    under this prior is therefore defined up to a constant per component: compare it
+    neither with that of another prior nor across numbers of components.
+
+    `sample` returns ones, a placeholder that lets Pyro run a model before the guide has
+    spoken: there is no prior predictive.
+
+    Source: Kingma, Salimans and Welling (2015, arXiv 1506.02557). For what is wrong
+    with it as a prior, see Hron, Matthews and Ghahramani (2018, arXiv 1807.01969).
+
+    >>> LogUniform().expand([3]).to_event(1).log_prob(torch.ones(3))
+    tensor(-6.1623)
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}
+    support = constraints.real
+    has_rsample = False
+
+    def __init__(self, *, validate_args: bool | None = None) -> None:
+        super().__init__(torch.Size(), torch.Size(), validate_args=validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "LogUniform":
+        new: LogUniform = self._get_checked_instance(LogUniform, _instance)
+        TorchDistribution.__init__(new, torch.Size(batch_shape), validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+        """Ones: a finite placeholder, no draw."""
+        return torch.ones(self._extended_shape(sample_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """``-log|z| - 2.0541``, in nats; infinite at zero."""
+        log_prob = -value.abs().log() - LOG_UNIFORM_CONSTANT
+        shape = torch.broadcast_shapes(log_prob.shape, self.batch_shape)
+        return log_prob.expand(shape)
+
+
+def dawson(u: Tensor) -> Tensor:
+    """Dawson's function ``D(u) = exp(-u^2) int_0^u exp(t^2) dt`` for ``u >= 0``.
+
+    Absolute error below 1e-9 in float64; differentiable any number of times.
+    """
+    return _Dawson.apply(u)  # type: ignore[no-any-return]
+
+
+def dawson_integral(u: Tensor) -> Tensor:
+    """``F(u) = 2 int_0^u D(t) dt`` for ``u >= 0``, D being Dawson's function.
+
+    ``F(|m| / (sqrt(2) s))`` is the KL divergence of ``N(m, s^2)`` from `LogUniform`.
+    """
+    return _DawsonIntegral.apply(u)  # type: ignore[no-any-return]
+
+
+def log_uniform_kl(log_alpha: Tensor) -> Tensor:
+    """The exact ``KL(N(1, alpha) || LogUniform)`` in nats, elementwise.
+
+    ``f(alpha) = 2 int_0^u D(t) dt`` with ``u = (2 alpha)^(-1/2)`` and
+    ``df / d log alpha = -u D(u)``. It falls from ``-log(alpha) / 2 + 0.6352`` to 0.
+    Absolute error below 1e-6 for log alpha in [-12, 12] in float64.
+
+    Source: gradient in Hron, Matthews and Ghahramani (2018, arXiv 1807.01969).
+
+    >>> log_uniform_kl(torch.tensor([-4.0, 0.0, 4.0]))
+    tensor([2.6258, 0.4267, 0.0091])
+    """
+    return dawson_integral(torch.exp(-0.5 * (log_alpha + math.log(2))))
+
+
+def molchanov_kl(log_alpha: Tensor) -> Tensor:
+    """Molchanov's approximation of `log_uniform_kl`, in nats; off by up to 0.0094.
+
+    ``k1 - k1 sigmoid(k2 + k3 log alpha) + log(1 + 1/alpha) / 2`` with three fitted
+    constants. Here for comparison with published figures; nothing uses it.
+
+    Source: Molchanov, Ashukha and Vetrov (2017, arXiv 1701.05369), equation 14.
+    """
+    k1, k2, k3 = 0.63576, 1.87320, 1.48695
+    gate = torch.sigmoid(k2 + k3 * log_alpha)
+    return k1 - k1 * gate + 0.5 * torch.nn.functional.softplus(-log_alpha)
+
+
+@register_kl(Normal, LogUniform)
+def _kl_normal_log_uniform(q: Normal, p: LogUniform) -> Tensor:
+    kl = dawson_integral(q.loc.abs() / (math.sqrt(2) * q.scale))
+    return kl.expand(torch.broadcast_shapes(kl.shape, p.batch_shape))
+
+
+class _Dawson(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor) -> Tensor:
+        ctx.save_for_backward(u)
+        inverse = u.clamp(min=_SWITCH).reciprocal()
+        large = 0.5 * inverse * (1 + _horner(_SERIES, inverse.square()))
+        return torch.where(u < _SWITCH, u * _interpolate("D(u) / u", u), large)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (u,) = ctx.saved_tensors
+        return grad * (1 - 2 * u * dawson(u))
+
+
+class _DawsonIntegral(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor) -> Tensor:
+        ctx.save_for_backward(u)
+        top = u.clamp(min=_SWITCH)
+        large = top.log() + _LIMIT - _horner(_SERIES_OF_F, top.reciprocal().square())
+        return torch.where(u < _SWITCH, u.square() * _interpolate("F(u) / u^2", u), large)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (u,) = ctx.saved_tensors
+        return grad * 2 * dawson(u)
+
+
+# For u >= _SWITCH: 2 u D(u) = 1 + sum_k a_k u^(-2k), a_k = (2k - 1)!! / 2^k, and
+# F(u) = log u + log 2 + gamma / 2 - sum_k a_k / (2k) u^(-2k).
+_SWITCH = 10.0
+_SERIES = [math.prod(range(1, 2 * k, 2)) / 2**k for k in range(1, 8)]
+_SERIES_OF_F = [a / (2 * k) for k, a in enumerate(_SERIES, start=1)]
+_LIMIT = math.log(2) + np.euler_gamma / 2
+_CELLS, _DEGREE = 160, 5
+
+
+def _horner(coefficients: list[float], x: Tensor) -> Tensor:
+    """``sum_k coefficients[k - 1] x^k``."""
+    total = torch.zeros_like(x)
+    for a in reversed(coefficients):
+        total = (total + a) * x
+    return total
+
+
+def _interpolate(name: str, u: Tensor) -> Tensor:
+    """The even function ``name`` by a polynomial per cell of [0, _SWITCH)."""
+    position = u.clamp(max=_SWITCH) * (_CELLS / _SWITCH)
+    cell = position.long().clamp(max=_CELLS - 1)
+    x = 2 * (position - cell) - 1
+    *lower, total = _cells(name, u.dtype, u.device)
+    total = total[cell]
+    for coefficient in reversed(lower):
+        total = total * x + coefficient[cell]
+    return total
+
+
+@cache
+def _cells(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """For each power of x in [-1, 1] its coefficient in every cell."""
+    nodes = np.polynomial.chebyshev.chebpts1(_DEGREE + 1)
+    u = (np.arange(_CELLS) + (nodes[:, None] + 1) / 2) * _SWITCH / _CELLS
+    if name == "D(u) / u":
+        values = _dawson_by_series(u) / u
+    else:
+        x, weights = np.polynomial.legendre.leggauss(100)
+        values = (_dawson_by_series(u[..., None] * (1 + x) / 2) @ weights) / u
+    table = np.linalg.solve(np.vander(nodes, increasing=True), values)
+    return tuple(torch.tensor(row, dtype=dtype, device=device) for row in table)
+
+
+def _dawson_by_series(u: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """``u exp(-u^2) sum_k u^(2k) / (k! (2k + 1))``: no cancellation, for ``u <= 10``."""
+    term = np.exp(-u * u)
+    total = np.zeros_like(u)
+    for k in range(400):
+        total += term / (2 * k + 1)
+        term = term * u * u / (k + 1)
+    return u * total

@@ -1,0 +1,125 @@
+"""KL(guide || model), site by site, in closed form wherever there is one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pyro.distributions import Delta
+from pyro.distributions.util import scale_and_mask
+from pyro.infer.util import site_is_subsample
+from pyro.poutine import Trace
+from torch import Tensor
+from torch.distributions import Distribution, kl_divergence
+
+Site = Any
+Unexpanded = Mapping[str, Distribution]
+
+
+def latent_sites(trace: Trace) -> dict[str, Site]:
+    """The sample sites of a trace that are neither observed nor subsample indices."""
+    return {
+        name: site
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and not site["is_observed"]
+        and not site_is_subsample(site)
+    }
+
+
+def scaled_log_prob(site: Site) -> Tensor:
+    """The log density of a site's value under its scale and mask, summed; nats."""
+    log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
+    total: Tensor = scale_and_mask(log_prob, site["scale"], site["mask"]).sum()
+    return total
+
+
+def divergence(
+    model_trace: Trace,
+    guide_trace: Trace,
+    once: tuple[Unexpanded, Unexpanded] = ({}, {}),
+    copies: int = 1,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """``KL(guide || model)`` in nats: per site, or joint.
+
+    A guide with auxiliary sites (Pyro's AutoGuides over one joint latent) has one
+    entry, ``joint``. A Delta site counts the log density that it carries.
+
+    Args:
+        model_trace: Of the model, replayed against the guide.
+        guide_trace: Of the guide.
+        once: For model and guide, the distributions before they were expanded over
+            ``copies`` examples: where both are there, their KL is computed once.
+        copies: How many examples share such a distribution.
+
+    Returns:
+        The divergences, and the sites whose part is a Monte Carlo estimate.
+
+    Raises:
+        ValueError: If guide and model do not have the same latent sites, a guide site
+            is not reparameterised, or the two scale a site differently.
+    """
+    model_sites, guide_sites = latent_sites(model_trace), latent_sites(guide_trace)
+    auxiliary = _match(model_sites, guide_sites)
+    kl: dict[str, Tensor] = {}
+    estimated: list[str] = []
+    for name, guide_site in guide_sites.items():
+        closed = None
+        if name not in auxiliary and not isinstance(guide_site["fn"], Delta):
+            closed = _closed_form(name, model_sites[name], guide_site, once, copies)
+        if closed is not None:
+            kl[name] = closed
+            continue
+        entry = "joint" if auxiliary else name
+        term = scaled_log_prob(guide_site)
+        if name not in auxiliary:
+            term = term - scaled_log_prob(model_sites[name])
+        if name in auxiliary or not isinstance(guide_site["fn"], Delta):
+            estimated.append(name)
+        kl[entry] = kl[entry] + term if entry in kl else term
+    return kl, estimated
+
+
+def _closed_form(
+    name: str,
+    model_site: Site,
+    guide_site: Site,
+    once: tuple[Unexpanded, Unexpanded],
+    copies: int,
+) -> Tensor | None:
+    p, q, scale = model_site["fn"], guide_site["fn"], guide_site["scale"]
+    if name in once[0] and name in once[1]:
+        p, q, scale = once[0][name], once[1][name], scale * copies
+    try:
+        kl = kl_divergence(q, p)
+    except NotImplementedError:
+        return None
+    total: Tensor = scale_and_mask(kl, scale, guide_site["mask"]).sum()
+    return total
+
+
+def _match(model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> set[str]:
+    """Check that the sites pair up; returns the guide's auxiliary ones."""
+    auxiliary = {n for n, s in guide_sites.items() if s["infer"].get("is_auxiliary")}
+    if model_sites.keys() != guide_sites.keys() - auxiliary:
+        raise ValueError(
+            f"the model has the latent sites {sorted(model_sites)} but the guide draws "
+            f"{sorted(guide_sites.keys() - auxiliary)}; build the guide on this model, "
+            f"RankDiagonal(model), and give the batch its labels"
+        )
+    for name, site in guide_sites.items():
+        if not site["fn"].has_rsample:
+            raise ValueError(
+                f"guide site {name!r} draws from {type(site['fn']).__name__}, which is "
+                f"not reparameterised; use a relaxation, or pyro.infer.Trace_ELBO"
+            )
+        if name not in auxiliary and _differ(site, model_sites[name]):
+            raise ValueError(
+                f"site {name!r} is scaled by {site['scale']} in the guide and "
+                f"{model_sites[name]['scale']} in the model; wrap both, or temper with "
+                f"RankELBO(kl_weight=...)"
+            )
+    return auxiliary
+
+
+def _differ(one: Site, other: Site) -> bool:
+    scales = one["scale"], other["scale"]
+    return not any(isinstance(s, Tensor) for s in scales) and scales[0] != scales[1]

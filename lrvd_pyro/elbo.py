@@ -1,0 +1,258 @@
+"""The evidence lower bound of a program whose latents are drawn once per example."""
+
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from pyro import poutine
+from pyro.infer import TraceMeanField_ELBO
+from pyro.infer.util import zero_grads
+from pyro.poutine import Trace
+from torch import Tensor
+
+from lrvd_pyro.divergence import divergence, scaled_log_prob
+from lrvd_pyro.noise import PerExample, batch_size
+
+Terms = dict[str, Any]
+
+
+def linear_warmup(steps: int) -> Callable[[int], float]:
+    """A KL weight that rises linearly from 0 at step 0 to 1 at step ``steps``.
+
+    >>> [linear_warmup(4)(step) for step in (0, 1, 4, 9)]
+    [0.0, 0.25, 1.0, 1.0]
+    """
+    return lambda step: min(1.0, step / max(1, steps))
+
+
+class RankELBO(TraceMeanField_ELBO):  # type: ignore[misc]
+    """The negative evidence lower bound, in nats per data set.
+
+    ``loss = -(N/B) sum_b E_q[log p(y_b | z)] + kl_weight * KL(q(z) || p(z))``, the KL
+    in closed form wherever one is registered, otherwise estimated from the same draws,
+    which one warning says. ``kl_weight=1`` is the true ELBO.
+
+    Use it as any Pyro loss, ``SVI(model, guide, optim, loss=RankELBO())``, or with a
+    torch optimiser on the module ``RankELBO()(model, guide)``.
+
+    Wrong, as its parent, when a latent's parents in the model descend from it in the
+    guide; a mean-field guide never does that.
+
+    Args:
+        kl_weight: A number, or a function of the optimisation step, counted from 0.
+        noise: "example" draws the latents once per example of the batch, unbiased and
+            as a rule of lower variance; "batch" draws them once.
+        num_particles: Independent draws to average over.
+
+    Attributes:
+        step: Optimisation losses computed so far: calls with gradients enabled,
+            `SVI.evaluate_loss` not counted. May be set.
+        terms: Of the last loss, detached tensors in nats per data set:
+            ``log_likelihood``; ``kl``, a dict with ``total`` and one entry per latent
+            site, or ``joint`` where guide and model do not pair site by site;
+            ``kl_weight``; and ``weight_prior``, where the model has one: a log density
+            that is weighted as the KL is.
+
+    Raises:
+        ValueError: If ``noise`` is unknown, the sites of guide and model do not match,
+            or the loss is not finite (from `SVI.step`, or from `check`).
+        TypeError: If the batch holds no tensor.
+    """
+
+    def __init__(
+        self,
+        *,
+        kl_weight: float | Callable[[int], float] = 1.0,
+        noise: Literal["example", "batch"] = "example",
+        num_particles: int = 1,
+    ) -> None:
+        if noise not in ("example", "batch"):
+            raise ValueError(f'noise={noise!r}; expected "example" or "batch"')
+        super().__init__(num_particles=num_particles)
+        self.kl_weight = kl_weight
+        self.noise = noise
+        self.step = 0
+        self.terms: Terms = {}
+        self._noise_checked = False
+        self._warned: set[str] = set()
+        self._set_up: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def state_dict(self) -> dict[str, int]:
+        """The step."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on counting where `state_dict` was taken."""
+        self.step = state["step"]
+
+    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
+        """An estimate of the loss."""
+        with torch.no_grad():
+            loss = float(self.differentiable_loss(model, guide, *args, **kwargs))
+        self.check()
+        return loss
+
+    def differentiable_loss(
+        self, model: Any, guide: Any, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """An estimate of the loss with its graph; it does not wait for the device."""
+        particles = self._particles(model, guide, args, kwargs)
+        return torch.stack([loss for loss, _ in particles]).sum()
+
+    def loss_and_grads(
+        self, model: Any, guide: Any, *args: Any, **kwargs: Any
+    ) -> float:
+        """An estimate of the loss; gradients are added to those of the parameters."""
+        losses: list[Tensor] = []
+        params: set[Tensor] = set()
+        for loss, found in self._particles(model, guide, args, kwargs):
+            if loss.requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+            params.update(found.values())
+        value = float(torch.stack(losses).sum())
+        if not math.isfinite(value):
+            zero_grads(params)
+            self.check()
+        return value
+
+    def check(self) -> None:
+        """Raise a ValueError with step and term if a term of the last loss is not finite."""
+        kl = {f"kl[{name!r}]": value for name, value in self.terms["kl"].items()}
+        for name, value in ({**self.terms} | kl).items():
+            if name != "kl" and not bool(torch.isfinite(value)):
+                raise ValueError(
+                    f"{name} is {float(value)} at step {max(self.step - 1, 0)}; no "
+                    f"parameter was changed by it. Lower the learning rate, clip with "
+                    f"lrvd_pyro.optim.AdamW(clip_norm=...), or look at this batch"
+                )
+
+    def _particles(
+        self, model: Any, guide: Any, args: Any, kwargs: Any
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """For each particle its share of the loss, and the parameters that took part."""
+        weight = self.kl_weight
+        weight = weight(self.step) if callable(weight) else weight
+        terms: dict[str, Tensor] = {}
+        divergences: dict[str, Tensor] = {}
+        for _ in range(self.num_particles):
+            model_trace, guide_trace, kl = self._run(model, guide, args, kwargs)
+            observed = _observed(model_trace)
+            self._check_noise(observed["log_likelihood"], guide_trace)
+            total = torch.stack(list(kl.values())).sum() if kl else torch.zeros(())
+            _add_mean(terms, observed, self.num_particles)
+            _add_mean(divergences, {"total": total} | kl, self.num_particles)
+            prior = total - observed.get("weight_prior", 0.0)
+            loss = weight * prior - observed["log_likelihood"]
+            yield loss / self.num_particles, _parameters(model_trace, guide_trace)
+        self.terms = terms | {"kl": divergences, "kl_weight": torch.tensor(float(weight))}
+        self.step += torch.is_grad_enabled()
+
+    def _run(
+        self, model: Any, guide: Any, args: Any, kwargs: Any
+    ) -> tuple[Trace, Trace, dict[str, Tensor]]:
+        """One draw: the two traces and the divergences of the sites."""
+        once: tuple[Any, Any] = ({}, {})
+        size = 1
+        if self.noise == "example":
+            self._set_up_guide(guide, args, kwargs)
+            size = batch_size(kwargs)
+            shared = PerExample(size), PerExample(size)
+            model, guide = shared[0](model), shared[1](guide)
+            once = shared[0].unexpanded, shared[1].unexpanded
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        replayed = poutine.replay(model, trace=guide_trace)
+        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+        kl, estimated = divergence(model_trace, guide_trace, once, size)
+        self._warn_of_estimates(estimated, model_trace, guide_trace)
+        return model_trace, guide_trace, kl
+
+    def _set_up_guide(self, guide: Any, args: Any, kwargs: Any) -> None:
+        """Let an AutoGuide make its parameters before latents are drawn per example."""
+        if guide not in self._set_up:
+            with torch.random.fork_rng(), poutine.block():
+                guide(*args, **kwargs)
+            self._set_up.add(guide)
+
+    def _warn_of_estimates(self, names: list[str], model: Trace, guide: Trace) -> None:
+        for name in set(names) - self._warned:
+            self._warned.add(name)
+            q = type(_base(guide.nodes[name]["fn"])).__name__
+            p = type(_base(model.nodes[name]["fn"])).__name__ if name in model else "..."
+            warnings.warn(
+                f"no closed form of KL({q} || {p}) at site {name!r}: it is estimated "
+                f"by Monte Carlo",
+                stacklevel=2,
+            )
+
+    def _check_noise(self, log_likelihood: Tensor, guide_trace: Trace) -> None:
+        """On the first step, name the guide's parameters that the data cannot reach."""
+        if self._noise_checked or not torch.is_grad_enabled():
+            return
+        self._noise_checked = True
+        reached = _leaves(log_likelihood)
+        deaf = [
+            name
+            for name, parameter in _parameters(guide_trace).items()
+            if parameter.requires_grad and parameter not in reached
+        ]
+        if deaf:
+            warnings.warn(
+                f"the likelihood has no gradient for the guide's parameters {deaf}: "
+                f"the noise is off, and the KL alone would train them",
+                stacklevel=2,
+            )
+
+
+def _observed(trace: Trace) -> dict[str, Tensor]:
+    """The log likelihood, and the weight prior where there is one."""
+    terms = {"log_likelihood": torch.zeros(())}
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or not site["is_observed"]:
+            continue
+        if site["infer"].get("_deterministic"):
+            continue
+        term = scaled_log_prob(site)
+        if name == "weight_prior":
+            terms[name] = term
+        else:
+            terms["log_likelihood"] = terms["log_likelihood"].to(term.device) + term
+    return terms
+
+
+def _parameters(*traces: Trace) -> dict[str, Tensor]:
+    """The unconstrained parameters that programs read, by name."""
+    found = {}
+    for trace in traces:
+        for name, site in trace.nodes.items():
+            if site["type"] == "param":
+                value = site["value"]
+                get = getattr(value, "unconstrained", None)
+                found[name] = value if get is None else get()
+    return found
+
+
+def _leaves(result: Tensor) -> set[Tensor]:
+    """The leaf tensors that ``result`` was computed from."""
+    leaves, seen, stack = set(), set(), [result.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            leaves.add(node.variable)
+        stack += [parent for parent, _ in node.next_functions]
+    return leaves
+
+
+def _add_mean(totals: dict[str, Tensor], terms: dict[str, Tensor], count: int) -> None:
+    for name, term in terms.items():
+        totals[name] = totals.get(name, 0.0) + term.detach() / count
+
+
+def _base(fn: Any) -> Any:
+    return _base(fn.base_dist) if hasattr(fn, "base_dist") else fn

@@ -1,0 +1,66 @@
+"""One draw of the latent variables per example of a batch."""
+
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer.util import site_is_subsample
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from torch.distributions import Distribution
+
+
+class PerExample(poutine.messenger.Messenger):
+    """Draw every latent site once per example, and count its density once in all.
+
+    Each latent sample site of the wrapped program gets an independence frame of size B,
+    left of the program's own plates, and its scale is multiplied by 1/B: the sum over
+    examples of the site's log density becomes their mean. So an ELBO whose likelihood
+    is scaled by N/B stays unbiased: example b is a Monte Carlo estimate with its own
+    draw. All levels of a hierarchy are drawn together. Observed, deterministic and
+    subsample sites stay as they are.
+
+    Args:
+        size: The number of examples, B.
+
+    Attributes:
+        unexpanded: For each site that did not depend on another site's draw, its
+            distribution as the program gave it.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.unexpanded: dict[str, Distribution] = {}
+
+    def __enter__(self) -> "PerExample":
+        self.unexpanded = {}
+        return super().__enter__()  # type: ignore[no-any-return]
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or site_is_subsample(msg):
+            return
+        fn = msg["fn"]
+        inner = [f.dim for f in msg["cond_indep_stack"] if f.vectorized]
+        dim = min(inner, default=0) - 1
+        shape = torch.broadcast_shapes(fn.batch_shape, (self.size, *[1] * (-dim - 1)))
+        if shape != fn.batch_shape:
+            self.unexpanded[msg["name"]] = fn
+            msg["fn"] = fn.expand(shape)
+        frame = CondIndepStackFrame("_examples", dim, self.size, 0)
+        msg["cond_indep_stack"] = (frame, *msg["cond_indep_stack"])
+        msg["scale"] = msg["scale"] / self.size
+
+
+def batch_size(batch: dict[str, Any]) -> int:
+    """The number of examples in a batch: that of its labels, else of its first tensor.
+
+    Raises:
+        TypeError: If the batch holds no tensor.
+    """
+    for value in (batch.get("labels"), *batch.values()):
+        if isinstance(value, torch.Tensor) and value.dim() > 0:
+            return len(value)
+    raise TypeError(
+        f"the batch {sorted(batch)} holds no tensor; pass the tokenizer's tensors as "
+        f"keywords: svi.step(**tokenizer(texts, return_tensors='pt'), labels=labels)"
+    )

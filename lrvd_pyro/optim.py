@@ -1,0 +1,185 @@
+"""One fused AdamW for adapter, head and variational parameters, as Pyro wants it."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pyro
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor, nn
+
+GROUPS = ("adapter", "head", "variational")
+
+
+def group_of(path: str, *, in_net: bool) -> str:
+    """The group of a parameter: LoRA weights are the ``adapter``, whatever else trains
+    in the network is the ``head``, the rest (of guide, prior, likelihood) is
+    ``variational``."""
+    if not in_net:
+        return "variational"
+    return "adapter" if "lora_" in path else "head"
+
+
+def parameter_groups(
+    model: nn.Module,
+    guide: nn.Module,
+    *,
+    lr: float = 1e-3,
+    head_lr: float | None = None,
+    variational_lr: float = 5e-2,
+) -> list[dict[str, Any]]:
+    """Groups for a torch optimiser, with the learning rates of `AdamW`.
+
+    Example::
+
+        loss = RankELBO()(model, guide)
+        optim = torch.optim.AdamW(parameter_groups(model, guide), weight_decay=0.0)
+        loss(**batch).backward()
+        optim.step()
+        optim.zero_grad()
+
+    To accumulate gradients over k micro-batches, call ``(loss(**batch) / k).backward()``
+    for each before the one ``optim.step()``.
+    """
+    rates = (lr, lr if head_lr is None else head_lr, variational_lr)
+    groups: dict[str, list[Tensor]] = {group: [] for group in GROUPS}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            path = name.removeprefix("net.")
+            groups[group_of(path, in_net=path != name)].append(parameter)
+    groups["variational"] += [p for p in guide.parameters() if p.requires_grad]
+    return [
+        {"params": groups[name], "lr": rate, "name": name}
+        for name, rate in zip(GROUPS, rates, strict=True)
+    ]
+
+
+class AdamW(PyroOptim):  # type: ignore[misc]
+    """``torch.optim.AdamW(fused=True)`` over all parameters of model and guide.
+
+    Pyro's own wrapper makes one optimiser per parameter; this is one for all, with a
+    learning rate per group. Log variances live on a scale of units and weights on one
+    of hundredths, hence the larger default rate of the former.
+
+    Gradients are those of the loss in nats per data set, N times those of a mean loss:
+    Adam does not mind, `clip_norm` does. A ``max_grad_norm`` of 1 on a mean loss is
+    ``clip_norm=num_data`` here.
+
+    Example::
+
+        svi = SVI(model, guide, AdamW(lr=1e-3), loss=RankELBO())
+
+    Gradient accumulation over k micro-batches::
+
+        with pyro.poutine.trace(param_only=True) as seen:
+            for batch in micro_batches:
+                svi.loss_and_grads(model, guide, **batch)
+        params = {site["value"].unconstrained() for site in seen.trace.nodes.values()}
+        for p in params:
+            p.grad /= k
+        optim(params)
+        pyro.infer.util.zero_grads(params)
+
+    Args:
+        lr: Learning rate of the adapter.
+        head_lr: Of the head; None takes ``lr``.
+        variational_lr: Of guide, prior and likelihood.
+        betas: As in torch.
+        weight_decay: Of adapter and head; never of variational parameters.
+        schedule: From the number of steps taken to a factor of all learning rates.
+        clip_norm: Largest norm of all gradients together, in nats per data set.
+    """
+
+    def __init__(
+        self,
+        lr: float = 1e-3,
+        *,
+        head_lr: float | None = None,
+        variational_lr: float = 5e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        schedule: Callable[[int], float] | None = None,
+        clip_norm: float | None = None,
+    ) -> None:
+        super().__init__(torch.optim.AdamW, {})
+        rates = (lr, lr if head_lr is None else head_lr, variational_lr)
+        decays = (weight_decay, weight_decay, 0.0)
+        self.groups = [
+            {"params": [], "name": name, "lr": rate, "weight_decay": decay}
+            for name, rate, decay in zip(GROUPS, rates, decays, strict=True)
+        ]
+        self.rates = rates
+        self.betas = betas
+        self.schedule = schedule
+        self.clip_norm = clip_norm
+        self.steps = 0
+        self.torch_optim: torch.optim.AdamW | None = None
+        self._pending: dict[str, Any] | None = None
+
+    def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
+        """Take one step on ``params``, tensors of Pyro's store."""
+        params = set(params)
+        optim = self._with(params)
+        factor = 1.0 if self.schedule is None else self.schedule(self.steps)
+        for group, rate in zip(optim.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+            for parameter in group["params"]:
+                if parameter not in params:
+                    parameter.grad = None
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(params, self.clip_norm)
+        optim.step()
+        self.steps += 1
+
+    def get_state(self) -> dict[str, Any]:
+        """Steps taken and the torch optimiser's state."""
+        optim = None if self.torch_optim is None else self.torch_optim.state_dict()
+        return {"steps": self.steps, "optim": optim}
+
+    def set_state(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `get_state` gave, for the same model and guide.
+
+        Parameters are matched by their order in the network, at the next step if none
+        was taken yet.
+
+        Raises:
+            ValueError: If the groups do not hold as many parameters as those saved.
+        """
+        self.steps = state_dict["steps"]
+        self._pending = state_dict["optim"]
+        if self.torch_optim is not None:
+            self._restore(self.torch_optim)
+
+    def _with(self, params: set[Tensor]) -> torch.optim.AdamW:
+        """The torch optimiser, with new parameters added in the order of their names."""
+        known: set[Tensor] = set()
+        if self.torch_optim is not None:
+            groups = self.torch_optim.param_groups
+            known = {p for group in groups for p in group["params"]}
+        if new := params - known:
+            store = pyro.get_param_store()
+            for name, parameter in sorted((store.param_name(p), p) for p in new):
+                _, is_net, path = name.partition(".net$$$")
+                index = GROUPS.index(group_of(path, in_net=bool(is_net)))
+                self.groups[index]["params"].append(parameter)
+            old = self.torch_optim
+            self.torch_optim = torch.optim.AdamW(self.groups, betas=self.betas, fused=True)
+            self.groups = self.torch_optim.param_groups
+            if old is not None:
+                self.torch_optim.state.update(old.state)
+            self._restore(self.torch_optim)
+        assert self.torch_optim is not None
+        return self.torch_optim
+
+    def _restore(self, optim: torch.optim.AdamW) -> None:
+        state, self._pending = self._pending, None
+        if state is None:
+            return
+        saved = [len(group["params"]) for group in state["param_groups"]]
+        found = [len(group["params"]) for group in optim.param_groups]
+        if saved != found:
+            raise ValueError(
+                f"the saved optimiser has {saved} parameters in {GROUPS} and this one "
+                f"{found}; restore it for the model and guide that it was saved from"
+            )
+        optim.load_state_dict(state)

@@ -1,0 +1,103 @@
+"""Priors over the rank components: small Pyro programs.
+
+A prior is any callable from a `RankSpace` to the gate, a tensor of event shape (R,).
+Every latent site in it has exactly one event dimension (`.to_event(1)`, a global scale
+has shape (1,)), stands in no plate, and indexes by ``[..., index]``, so that the
+program can be drawn once per batch or once per example::
+
+    def centred(space):
+        scale = pyro.sample("scale", dist.HalfCauchy(torch.ones(1)).to_event(1))
+        return pyro.sample("gate", dist.Normal(0, scale.expand(...)).to_event(1))
+"""
+
+from collections.abc import Callable
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import Distribution
+
+from lrvd_pyro import distributions
+from lrvd_pyro.noise import PerExample
+from lrvd_pyro.rank_space import RankSpace
+
+Prior = Callable[[RankSpace], Tensor]
+
+CONTRACT = """A prior maps a RankSpace to the gate, of event shape (R,):
+  - every latent site has one event dimension: .to_event(1), a global scale shape (1,)
+  - indexing is by [..., index], and nothing stands in a plate
+  - no pyro.factor
+for example
+  def prior(space):
+      scale = pyro.sample("scale", dist.HalfCauchy(torch.ones(1)).to_event(1))
+      return scale * pyro.sample("z", dist.Normal(torch.ones(space.size), 1).to_event(1))"""
+
+
+class LogUniform:
+    """Scale-invariant gates, ``p(z) = 1 / |z|`` independently for each rank component.
+
+    Improper, without scale: it goes with Gaussian guides, whose KL then depends on the
+    noise-to-signal ratio alone. Site: ``gate``, event shape (R,).
+
+    Source: Kingma, Salimans and Welling (2015, arXiv 1506.02557); Molchanov, Ashukha
+    and Vetrov (2017, arXiv 1701.05369).
+    """
+
+    def __call__(self, space: RankSpace) -> Tensor:
+        return pyro.sample("gate", self.distribution(space.size))
+
+    def distribution(self, size: int) -> pyro.distributions.TorchDistribution:
+        """The density over ``size`` components, with one event dimension."""
+        return distributions.LogUniform().expand([size]).to_event(1)
+
+
+def latent_sites(prior: Prior, space: RankSpace) -> dict[str, Distribution]:
+    """The distributions of a prior's latent sites, from one run of it."""
+    with torch.random.fork_rng(), poutine.block(), poutine.trace() as run:
+        prior(space)
+    nodes = run.trace.nodes.items()
+    return {
+        name: site["fn"]
+        for name, site in nodes
+        if site["type"] == "sample" and not site["is_observed"]
+    }
+
+
+def check_prior(prior: Prior, space: RankSpace) -> bool:
+    """Run a prior with a batch of 2 and of R and raise where it breaks the contract.
+
+    Returns:
+        Whether the prior itself puts a site named ``gate`` into the trace.
+
+    Raises:
+        ValueError: With the contract and the offending site.
+    """
+    for batch in (2, space.size):
+        with torch.random.fork_rng(), poutine.block(), poutine.trace() as run:
+            with PerExample(batch):
+                try:
+                    gate = prior(space)
+                except (RuntimeError, ValueError, IndexError) as error:
+                    raise _breach(f"it fails on a batch of {batch}: {error}") from error
+        for name, site in run.trace.nodes.items():
+            if site["type"] != "sample" or site["infer"].get("_deterministic"):
+                continue
+            if site["is_observed"]:
+                raise _breach(f"site {name!r} is observed (or a pyro.factor)")
+            if len(site["cond_indep_stack"]) != 1:
+                raise _breach(f"site {name!r} stands in a plate")
+            if site["fn"].event_dim != 1:
+                raise _breach(
+                    f"site {name!r} has {site['fn'].event_dim} event dimensions, not 1"
+                )
+        if gate.shape != (batch, space.size):
+            raise _breach(
+                f"the gate has shape {tuple(gate.shape)} on a batch of {batch}; "
+                f"expected {(batch, space.size)}"
+            )
+    return "gate" in run.trace.nodes
+
+
+def _breach(problem: str) -> ValueError:
+    return ValueError(f"the prior breaks its contract: {problem}\n{CONTRACT}")

@@ -1,0 +1,297 @@
+"""The rank components of a PEFT LoRA model as one vector space.
+
+A LoRA module of rank ``r`` adds ``scaling * B diag(z) A x``; plain LoRA is ``z = 1``.
+`RankSpace` numbers the rank components of all modules of one adapter and binds a
+vector of gates, or drawn weights A and B, into the forward pass. It knows PEFT, and
+no inference.
+"""
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from lrvd_pyro.hooks import (
+    Bank,
+    Contexts,
+    GateHook,
+    Parts,
+    WeightHook,
+    carried_by_checkpoints,
+)
+
+Side = Literal["lora_A", "lora_B"]
+
+# Layer kinds that send their rank activations through the module lora_B.
+GATED = {"Linear", "Conv1d", "Conv2d", "Conv3d", "Linear8bitLt", "Linear4bit"}
+VARIANTS = {"DoraLinearVariant"}
+
+
+class RankSpace:
+    """The rank components of one LoRA adapter, ``R = sum of ranks`` in all.
+
+    Example::
+
+        space = RankSpace(net)
+        with space.bind(torch.ones(space.size)):   # (R,), or (B, R) one per example
+            net(**batch)
+
+    Args:
+        net: A PEFT model with a LoRA adapter.
+        adapter: The adapter's name; None takes the single active one.
+        sides: Which weights `bind_weights` will draw; gates need none.
+
+    Attributes:
+        modules: Dotted names of the LoRA modules, as in the network without PEFT.
+        ranks: Their ranks, in the same order.
+        size: The sum of the ranks.
+
+    Raises:
+        TypeError: If ``net`` is no PEFT model, or a layer kind cannot be gated.
+        ValueError: If the adapter is unknown, ambiguous or has no LoRA layer.
+    """
+
+    def __init__(
+        self,
+        net: PeftModel,
+        adapter: str | None = None,
+        *,
+        sides: tuple[Side, ...] = (),
+    ) -> None:
+        self.net = net
+        self.adapter = _pick_adapter(net, adapter)
+        layers = {
+            name.removeprefix("base_model.model."): layer
+            for name, layer in net.named_modules()
+            if isinstance(layer, LoraLayer) and self.adapter in layer.r
+        }
+        if not layers:
+            raise ValueError(
+                f"adapter {self.adapter!r} has no LoRA layer; inject one with "
+                f"get_peft_model(net, LoraConfig(r=8, target_modules=[...]))"
+            )
+        for name, layer in layers.items():
+            _check_layer(name, layer, self.adapter, linear=bool(sides))
+        self.modules = tuple(layers)
+        self.layers: tuple[LoraLayer, ...] = tuple(layers.values())
+        self.ranks = tuple(layer.r[self.adapter] for layer in self.layers)
+        self.size = sum(self.ranks)
+        self.sides = sides
+        self.bank = Bank()
+        self._fired = False
+        self._blocks = [m for m in net.modules() if hasattr(m, "gradient_checkpointing")]
+        self._lora_B = [layer.lora_B[self.adapter] for layer in self.layers]
+        self._gates = [GateHook(self.bank, i) for i in range(len(self.layers))]
+        self._hooked: list[nn.Module] = list(self._lora_B)
+        for lora_B, gate in zip(self._lora_B, self._gates, strict=True):
+            lora_B.register_forward_pre_hook(gate)
+        for side in sides:
+            modules = [getattr(layer, side)[self.adapter] for layer in self.layers]
+            self._hooked += modules
+            for index, module in enumerate(modules):
+                module.register_forward_hook(WeightHook(self.bank, side, index))
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """A vector over the rank components, ``... x R``, as ``... x r`` per module."""
+        return dict(zip(self.modules, vector.split(self.ranks, -1), strict=True))
+
+    @property
+    def coordinates(self) -> dict[str, list[str] | list[int]]:
+        """For each rank component its module, module type, layer and rank index.
+
+        The layer is the first number in the module's name (-1 if it has none); the
+        type is what follows it: ``encoder.layer.3.attention.self.query`` is of type
+        ``attention.self.query`` in layer 3.
+        """
+        found = [re.search(r"(?:^|\.)(\d+)\.(.+)$", name) for name in self.modules]
+        layers = [int(m.group(1)) if m else -1 for m in found]
+        types = [m.group(2) if m else name for m, name in zip(found, self.modules)]
+        each = [i for i, r in enumerate(self.ranks) for _ in range(r)]
+        return {
+            "module": [self.modules[i] for i in each],
+            "type": [types[i] for i in each],
+            "layer": [layers[i] for i in each],
+            "rank": [j for r in self.ranks for j in range(r)],
+        }
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first LoRA module lies; make a prior's constants there."""
+        return self.weights("lora_A")[0].device
+
+    def weights(self, side: Side) -> list[nn.Parameter]:
+        """``lora_A`` (``r x in``) or ``lora_B`` (``out x r``) of each module."""
+        return [getattr(layer, side)[self.adapter].weight for layer in self.layers]
+
+    def widths(self, side: Side) -> Tensor:
+        """For each rank component the length of its row of A or column of B, (R,)."""
+        axis = 1 if side == "lora_A" else 0
+        widths = [w.shape[axis] for w in self.weights(side)]
+        return torch.tensor(widths).repeat_interleave(torch.tensor(self.ranks))
+
+    def flatten(self, side: Side) -> Tensor:
+        """The weights as one vector, rank component by rank component: rows of A, or
+        columns of B."""
+        rows = [w if side == "lora_A" else w.T for w in self.weights(side)]
+        return torch.cat([row.reshape(-1) for row in rows])
+
+    @contextmanager
+    def bind(self, gate: Tensor) -> Iterator[None]:
+        """Multiply the rank activations by ``gate`` within the block.
+
+        Args:
+            gate: ``R``, shared by the batch, or ``B x R``, one row per example. If a
+                layer sees ``k B`` rows, consecutive ``k`` rows share an example.
+
+        Raises:
+            ValueError: If the shape fits neither.
+            RuntimeError: If the adapter is merged, disabled, inactive or deleted; and
+                after the first pass, if a LoRA module took no part in it.
+        """
+        if gate.dim() not in (1, 2) or gate.shape[-1] != self.size:
+            raise ValueError(
+                f"gate has shape {tuple(gate.shape)}; expected ({self.size},) or "
+                f"(batch, {self.size}), one entry per rank component of the adapter"
+            )
+        shared = [n for n, m in zip(self.modules, self.layers) if m.lora_variant]
+        if gate.dim() == 2 and shared:
+            raise ValueError(
+                f"the DoRA layer {shared[0]!r} takes one gate for the whole batch, "
+                f'not one per example; use RankELBO(noise="batch")'
+            )
+        with self._holding({"gate": gate.split(self.ranks, -1)}):
+            yield
+
+    @contextmanager
+    def bind_weights(self, value: Tensor) -> Iterator[None]:
+        """Use drawn LoRA weights within the block.
+
+        Args:
+            value: ``K``, shared by the batch, or ``B x K``: the weights of the sides
+                that the space was made with, laid out as by `flatten`.
+
+        Raises:
+            ValueError: If the length does not fit, or a layer's rows fit no ``B``.
+        """
+        lengths = [int(self.widths(side).sum()) for side in self.sides]
+        if value.dim() not in (1, 2) or value.shape[-1] != sum(lengths):
+            raise ValueError(
+                f"the drawn weights have shape {tuple(value.shape)}; expected "
+                f"({sum(lengths)},) or (batch, {sum(lengths)}) for {self.sides}"
+            )
+        parts: Parts = {}
+        for side, flat in zip(self.sides, value.split(lengths, -1), strict=True):
+            pieces = flat.split([w.numel() for w in self.weights(side)], -1)
+            rows = [v.unflatten(-1, (r, -1)) for v, r in zip(pieces, self.ranks)]
+            parts[side] = rows if side == "lora_A" else [v.mT for v in rows]
+        with self._holding(parts):
+            yield
+
+    def checkpoint_context(self) -> Contexts:
+        """The ``context_fn`` for one's own ``torch.utils.checkpoint`` calls."""
+        return self.bank.checkpoint_context()
+
+    def close(self) -> None:
+        """Remove every hook; the network is as PEFT made it."""
+        for module in self._hooked:
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key, hook in list(hooks.items()):
+                    if getattr(hook, "bank", None) is self.bank:
+                        del hooks[key]
+
+    def check_fired(self) -> None:
+        """Raise if a LoRA module took no part in the passes so far."""
+        if self._fired:
+            return
+        silent = [n for n, gate in zip(self.modules, self._gates) if not gate.fired]
+        if silent:
+            raise RuntimeError(
+                f"the forward pass never reached the LoRA modules {silent}, so their "
+                f"rank components would be drawn in vain; leave them out of "
+                f"target_modules (LoraConfig's exclude_modules)"
+            )
+        self._fired = True
+
+    @contextmanager
+    def _holding(self, parts: Parts) -> Iterator[None]:
+        self._require_live()
+        with self.bank.holding(parts), carried_by_checkpoints(self._blocks, self.bank):
+            yield
+        if any(gate.fired for gate in self._gates):
+            self.check_fired()
+
+    def _require_live(self) -> None:
+        for name, layer, lora_B in zip(self.modules, self.layers, self._lora_B):
+            if self.adapter not in layer.lora_B:
+                problem, remedy = "was deleted", "build the model on another adapter"
+            elif layer.lora_B[self.adapter] is not lora_B:
+                problem, remedy = "was replaced", "build the model anew"
+            elif layer.merged:
+                problem, remedy = "is merged", "call net.unmerge_adapter()"
+            elif layer.disable_adapters:
+                problem = "is disabled"
+                remedy = "leave net.disable_adapter(), or call net(**batch) itself"
+            elif self.adapter not in layer.active_adapters:
+                problem = "is not active"
+                remedy = f"call net.set_adapter({self.adapter!r})"
+            else:
+                continue
+            raise RuntimeError(
+                f"adapter {self.adapter!r} {problem} in {name!r}, so that no draw can "
+                f"enter the forward pass; {remedy}"
+            )
+
+
+def _pick_adapter(net: PeftModel, adapter: str | None) -> str:
+    if not isinstance(net, PeftModel):
+        raise TypeError(
+            f"net is a {type(net).__name__}; expected a PEFT model: "
+            f"get_peft_model(net, LoraConfig(r=8, target_modules=[...]))"
+        )
+    if adapter is None:
+        active: list[str] = net.active_adapters
+        if len(active) != 1:
+            raise ValueError(f"adapters {active} are active; name one: adapter=...")
+        return active[0]
+    if adapter not in net.peft_config:
+        raise ValueError(
+            f"adapter {adapter!r} is unknown; the network has {list(net.peft_config)}"
+        )
+    return adapter
+
+
+def _check_layer(name: str, layer: LoraLayer, adapter: str, linear: bool) -> None:
+    """Refuse a layer on which a hook would be silent or would mean something else."""
+    kind = type(layer).__name__
+    variant = type(layer.lora_variant.get(adapter)).__name__
+    out = "leave it out of target_modules, or target the linear layers inside it"
+    if kind not in GATED:
+        raise TypeError(
+            f"{name!r} is a LoRA {kind} layer, whose rank activations never pass "
+            f"through a module; {out}"
+        )
+    if adapter in layer.lora_variant and variant not in VARIANTS:
+        raise TypeError(f"{name!r} uses {variant}, which cannot be gated; {out}")
+    if layer.lora_bias.get(adapter, False):
+        raise TypeError(
+            f"{name!r} has lora_bias=True: its update is not B diag(z) A x; "
+            f"use LoraConfig(lora_bias=False)"
+        )
+    if linear and not isinstance(layer.lora_B[adapter], nn.Linear):
+        raise TypeError(
+            f"{name!r} is a LoRA {kind} layer; drawn weights A and B need Linear or "
+            f"Conv1D layers: use models.GateLoRA, or leave it out of target_modules"
+        )
+    dropout = getattr(layer.lora_dropout[adapter], "p", 0.0)
+    if dropout > 0:
+        warnings.warn(
+            f"{name!r} has lora_dropout={dropout}, a second source of noise beside the "
+            f"posterior; use LoraConfig(lora_dropout=0.0)",
+            stacklevel=4,
+        )

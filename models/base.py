@@ -1,0 +1,79 @@
+"""What the models of this package have in common."""
+
+from abc import abstractmethod
+from contextlib import AbstractContextManager
+from typing import Any
+
+import pyro
+from peft import PeftModel
+from pyro.params.param_store import param_with_module_name
+from torch import Tensor
+
+from lrvd_pyro.likelihoods import Likelihood
+from lrvd_pyro.naming import UniqueModule
+from lrvd_pyro.noise import batch_size
+from lrvd_pyro.rank_space import RankSpace
+
+
+class RankModel(UniqueModule):
+    """A PEFT network whose adapter is drawn before each forward pass.
+
+    Called with the batch as keyword arguments, as the network itself; ``labels`` are
+    observed if given. Returns the network's predictions.
+
+    Subclasses give `draw`, the Pyro statements, and `bind`, which puts what was drawn
+    into the forward pass.
+    """
+
+    def __init__(
+        self, space: RankSpace, likelihood: Likelihood, num_data: int | None
+    ) -> None:
+        super().__init__()
+        if not isinstance(num_data, int) or isinstance(num_data, bool) or num_data < 1:
+            raise TypeError(
+                f"num_data={num_data!r}; expected the number of training examples, "
+                f"which weighs the likelihood against the prior: num_data=len(train)"
+            )
+        self.net = space.net
+        self.space = space
+        self.likelihood = likelihood
+        self.num_data = num_data
+
+    @abstractmethod
+    def draw(self) -> Tensor:
+        """The Pyro statements of the prior; returns what `bind` takes."""
+
+    @abstractmethod
+    def bind(self, value: Tensor) -> AbstractContextManager[None]:
+        """Let the forward passes within the block use ``value``."""
+
+    def forward(self, *, labels: Tensor | None = None, **inputs: Any) -> Tensor:
+        batch_size({"labels": labels, **inputs})
+        self._register_parameters()
+        value = self.draw()
+        with self.bind(value):
+            predictions = self.predictions(**inputs)
+        self.likelihood(predictions, labels, self.num_data)
+        return predictions
+
+    def predictions(self, **inputs: Any) -> Tensor:
+        """The network's logits for whatever is bound at present."""
+        output = self.base_net(**inputs)
+        self.space.check_fired()
+        logits: Tensor = getattr(output, "logits", output)
+        return logits
+
+    @property
+    def base_net(self) -> PeftModel:
+        """The network, read without telling Pyro."""
+        net: PeftModel = self._modules["net"]
+        return net
+
+    def _register_parameters(self) -> None:
+        """Show Pyro the trainable parameters, and only them."""
+        if pyro.settings.get("module_local_params"):
+            return
+        for name, parameter in self.base_net.named_parameters():
+            if parameter.requires_grad:
+                path = param_with_module_name(f"{self._pyro_name}.net", name)
+                pyro.param(path, parameter)

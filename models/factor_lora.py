@@ -1,0 +1,81 @@
+"""BayesLoRA as its published code has it: Gaussian noise on the weights A (and B)."""
+
+from contextlib import AbstractContextManager
+
+import pyro
+from peft import PeftModel
+from torch import Tensor
+
+from lrvd_pyro.likelihoods import Categorical, Likelihood
+from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.priors import LogUniform
+from lrvd_pyro.rank_space import RankSpace, Side
+
+
+class FactorLoRA(RankModel):
+    """A LoRA network whose weights A (and B, by option) are drawn.
+
+    The one latent vector ``factor`` holds the weights themselves, rank component by
+    rank component: rows of A, then columns of B. Its prior is log-uniform on every
+    element. `RankDiagonal` centres it on the network's own weights with one variance
+    per rank component.
+
+    The KL counts ``in`` (and ``out``) elements per rank component, so that at the true
+    ELBO it outweighs a small data set and prunes every rank; use
+    ``RankELBO(kl_weight=...)`` below 1 and say so. The noise does not vanish where
+    ``A x = 0``, and its size depends on the gauge of A and B.
+
+    Example::
+
+        model = FactorLoRA(net, num_data=len(train))
+        svi = SVI(model, RankDiagonal(model), AdamW(), loss=RankELBO(kl_weight=0.05))
+
+    Args:
+        net: A PEFT LoRA model on Linear or Conv1D layers.
+        prior: `lrvd_pyro.priors.LogUniform`, the only one.
+        likelihood: Of labels given the network's logits; see `lrvd_pyro.likelihoods`.
+        num_data: The number of training examples N; a batch of B counts N/B times.
+        sides: Which weights are random: ``("lora_A",)`` or ``("lora_A", "lora_B")``.
+        adapter: The adapter's name; None takes the single active one.
+
+    Raises:
+        TypeError: If ``net`` is no PEFT model, a layer is not linear, the prior is
+            another one, or ``num_data`` is missing.
+        ValueError: If the adapter is ambiguous or ``sides`` is neither of the two.
+
+    Source: the code published with Doyle, Chan, Hu and Leontjeva (2026, arXiv
+    2506.22809): additive noise, one log variance per rank.
+    """
+
+    def __init__(
+        self,
+        net: PeftModel,
+        *,
+        prior: LogUniform | None = None,
+        likelihood: Likelihood | None = None,
+        num_data: int | None = None,
+        sides: tuple[Side, ...] = ("lora_A",),
+        adapter: str | None = None,
+    ) -> None:
+        if prior is not None and not isinstance(prior, LogUniform):
+            raise TypeError(
+                f"prior is {prior!r}; FactorLoRA has a log-uniform prior on every "
+                f"weight: priors.LogUniform(). GateLoRA takes any prior"
+            )
+        if sides not in (("lora_A",), ("lora_A", "lora_B")):
+            raise ValueError(
+                f"sides={sides!r}; expected ('lora_A',) or ('lora_A', 'lora_B')"
+            )
+        space = RankSpace(net, adapter, sides=sides)
+        super().__init__(space, likelihood or Categorical(), num_data)
+        self.prior = prior or LogUniform()
+
+    def draw(self) -> Tensor:
+        """Draw the weights, ``K`` (``B x K`` when drawn per example)."""
+        size = sum(int(self.space.widths(side).sum()) for side in self.space.sides)
+        value: Tensor = pyro.sample("factor", self.prior.distribution(size))
+        return value
+
+    def bind(self, value: Tensor) -> AbstractContextManager[None]:
+        """Use the drawn weights in the forward passes within the block."""
+        return self.space.bind_weights(value)
