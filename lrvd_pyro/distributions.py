@@ -154,7 +154,7 @@ def _horner(coefficients: list[float], x: Tensor) -> Tensor:
 def _interpolate(name: str, u: Tensor) -> Tensor:
     """The even function ``name`` by a polynomial per cell of [0, _SWITCH)."""
     position = u.clamp(max=_SWITCH) * (_CELLS / _SWITCH)
-    cell = position.long().clamp(max=_CELLS - 1)
+    cell = position.long().clamp(0, _CELLS - 1)
     x = 2 * (position - cell) - 1
     *lower, total = _cells(name, u.dtype, u.device)
     total = total[cell]

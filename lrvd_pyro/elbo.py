@@ -141,12 +141,12 @@ class RankELBO(TraceMeanField_ELBO):  # type: ignore[misc]
         for _ in range(self.num_particles):
             model_trace, guide_trace, kl = self._run(model, guide, args, kwargs)
             observed = _observed(model_trace)
-            self._check_noise(observed["log_likelihood"], guide_trace)
+            self._check_noise(observed.get("log_likelihood"), guide_trace)
             total = torch.stack(list(kl.values())).sum() if kl else torch.zeros(())
             _add_mean(terms, observed, self.num_particles)
             _add_mean(divergences, {"total": total} | kl, self.num_particles)
             prior = total - observed.get("weight_prior", 0.0)
-            loss = weight * prior - observed["log_likelihood"]
+            loss = weight * prior - observed.get("log_likelihood", 0.0)
             yield loss / self.num_particles, _parameters(model_trace, guide_trace)
         self.terms = terms | {"kl": divergences, "kl_weight": torch.tensor(float(weight))}
         self.step += torch.is_grad_enabled()
@@ -188,9 +188,9 @@ class RankELBO(TraceMeanField_ELBO):  # type: ignore[misc]
                 stacklevel=2,
             )
 
-    def _check_noise(self, log_likelihood: Tensor, guide_trace: Trace) -> None:
+    def _check_noise(self, log_likelihood: Tensor | None, guide_trace: Trace) -> None:
         """On the first step, name the guide's parameters that the data cannot reach."""
-        if self._noise_checked or not torch.is_grad_enabled():
+        if self._noise_checked or log_likelihood is None or not torch.is_grad_enabled():
             return
         self._noise_checked = True
         reached = _leaves(log_likelihood)
@@ -208,18 +208,15 @@ class RankELBO(TraceMeanField_ELBO):  # type: ignore[misc]
 
 
 def _observed(trace: Trace) -> dict[str, Tensor]:
-    """The log likelihood, and the weight prior where there is one."""
-    terms = {"log_likelihood": torch.zeros(())}
+    """The log likelihood and the weight prior, where there is one."""
+    terms: dict[str, Tensor] = {}
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or not site["is_observed"]:
             continue
         if site["infer"].get("_deterministic"):
             continue
-        term = scaled_log_prob(site)
-        if name == "weight_prior":
-            terms[name] = term
-        else:
-            terms["log_likelihood"] = terms["log_likelihood"].to(term.device) + term
+        entry = name if name == "weight_prior" else "log_likelihood"
+        terms[entry] = terms.get(entry, 0.0) + scaled_log_prob(site)
     return terms
 
 

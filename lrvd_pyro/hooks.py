@@ -7,7 +7,7 @@ multiplies the rank activations by a gate; forward hooks on ``lora_A`` and
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -37,6 +37,8 @@ class Bank:
 
     def __init__(self) -> None:
         self.parts: Parts | None = None
+        self.drawn = False  # whether the last forward pass used a draw
+        self.replaying = False  # whether a checkpoint of ours recomputes
 
     @contextmanager
     def holding(self, parts: Parts) -> Iterator[None]:
@@ -52,29 +54,42 @@ class Bank:
 
         Raises:
             RuntimeError: In a backward pass that recomputes a forward pass whose draw
-                is no longer bound.
+                no `checkpoint_context` has kept.
         """
-        if self.parts is not None:
-            return self.parts[kind][index] if kind in self.parts else None
-        if not torch.compiler.is_compiling() and in_backward():
-            raise RuntimeError(RECOMPUTED)
-        return None
+        if not torch.compiler.is_compiling() and in_backward() and not self.replaying:
+            if self.drawn:
+                raise RuntimeError(RECOMPUTED)
+            return None
+        self.drawn = self.parts is not None
+        return self.parts[kind][index] if self.parts and kind in self.parts else None
 
     def checkpoint_context(
         self, inner: Callable[[], Contexts] = noop_context_fn
     ) -> Contexts:
         """A checkpoint's ``context_fn``: the recomputation sees the draw bound now."""
         forward, recompute = inner()
-        return forward, self._recomputing(recompute, self.parts)
+        return forward, Replay(self, self.parts, recompute)
 
-    @contextmanager
-    def _recomputing(
-        self, inner: AbstractContextManager[Any], parts: Parts | None
-    ) -> Iterator[None]:
-        with inner, ExitStack() as stack:
-            if parts is not None:
-                stack.enter_context(self.holding(parts))
-            yield
+
+class Replay:
+    """Binds what a checkpointed forward pass used while that pass is recomputed.
+
+    It can be entered again: a retained graph is recomputed by every backward pass.
+    """
+
+    def __init__(
+        self, bank: Bank, parts: Parts | None, inner: AbstractContextManager[Any]
+    ) -> None:
+        self.bank, self.parts, self.inner = bank, parts, inner
+
+    def __enter__(self) -> None:
+        self.inner.__enter__()
+        self.before = self.bank.parts, self.bank.replaying
+        self.bank.parts, self.bank.replaying = self.parts, True
+
+    def __exit__(self, *error: Any) -> bool | None:
+        self.bank.parts, self.bank.replaying = self.before
+        return self.inner.__exit__(*error)
 
 
 def in_backward() -> bool:
@@ -97,7 +112,7 @@ class GateHook:
             return None
         h = args[0]
         gate = gate.to(h)
-        trailing = 0 if isinstance(module, nn.Linear) else h.dim() - 2
+        trailing = len(getattr(module, "kernel_size", ()))
         middle = h.dim() - 2 - trailing
         if gate.dim() == 2:
             gate = repeat_rows(gate, h.shape[0])
@@ -153,7 +168,7 @@ def carried_by_checkpoints(blocks: Sequence[Any], bank: Bank) -> Iterator[None]:
     """Let Transformers' gradient checkpointing carry what ``bank`` holds.
 
     Raises:
-        RuntimeError: If a block checkpoints with ``use_reentrant=True``.
+        RuntimeError: If a block does not checkpoint with ``use_reentrant=False``.
     """
     live = [
         (block, block._gradient_checkpointing_func)
@@ -164,7 +179,7 @@ def carried_by_checkpoints(blocks: Sequence[Any], bank: Bank) -> Iterator[None]:
     ]
     for block, function in live:
         options = getattr(function, "keywords", {})
-        if options.get("use_reentrant", False):
+        if options.get("use_reentrant") is not False:
             raise RuntimeError(REENTRANT)
         inner = options.get("context_fn", noop_context_fn)
         context_fn = partial(bank.checkpoint_context, inner)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -81,7 +82,9 @@ def check_prior(prior: Prior, space: RankSpace) -> bool:
                 except (RuntimeError, ValueError, IndexError) as error:
                     raise _breach(f"it fails on a batch of {batch}: {error}") from error
         for name, site in run.trace.nodes.items():
-            if site["type"] != "sample" or site["infer"].get("_deterministic"):
+            if site["type"] != "sample" or site_is_subsample(site):
+                continue
+            if site["infer"].get("_deterministic"):
                 continue
             if site["is_observed"]:
                 raise _breach(f"site {name!r} is observed (or a pyro.factor)")

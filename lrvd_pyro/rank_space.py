@@ -8,13 +8,13 @@ no inference.
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, dora
 from torch import Tensor, nn
 
 from lrvd_pyro.hooks import (
@@ -55,6 +55,7 @@ class RankSpace:
     Raises:
         TypeError: If ``net`` is no PEFT model, or a layer kind cannot be gated.
         ValueError: If the adapter is unknown, ambiguous or has no LoRA layer.
+        RuntimeError: If ``net`` or a part of it was compiled before.
     """
 
     def __init__(
@@ -78,6 +79,13 @@ class RankSpace:
             )
         for name, layer in layers.items():
             _check_layer(name, layer, self.adapter, linear=bool(sides))
+        _refuse_attention_parts(net, layers)
+        _warn_of_dropout(layers, self.adapter)
+        if any(module._compiled_call_impl is not None for module in net.modules()):
+            raise RuntimeError(
+                "the network was compiled already and would never look at new hooks; "
+                "make the model first, then call net.compile()"
+            )
         self.modules = tuple(layers)
         self.layers: tuple[LoraLayer, ...] = tuple(layers.values())
         self.ranks = tuple(layer.r[self.adapter] for layer in self.layers)
@@ -85,7 +93,9 @@ class RankSpace:
         self.sides = sides
         self.bank = Bank()
         self._fired = False
-        self._blocks = [m for m in net.modules() if hasattr(m, "gradient_checkpointing")]
+        self._blocks = [
+            m for m in net.modules() if hasattr(m, "gradient_checkpointing")
+        ]
         self._lora_B = [layer.lora_B[self.adapter] for layer in self.layers]
         self._gates = [GateHook(self.bank, i) for i in range(len(self.layers))]
         self._hooked: list[nn.Module] = list(self._lora_B)
@@ -99,7 +109,9 @@ class RankSpace:
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """A vector over the rank components, ``... x R``, as ``... x r`` per module."""
-        return dict(zip(self.modules, vector.split(self.ranks, -1), strict=True))
+        return dict(
+            zip(self.modules, torch.split(vector, list(self.ranks), -1), strict=True)
+        )
 
     @property
     def coordinates(self) -> dict[str, list[str] | list[int]]:
@@ -159,13 +171,8 @@ class RankSpace:
                 f"gate has shape {tuple(gate.shape)}; expected ({self.size},) or "
                 f"(batch, {self.size}), one entry per rank component of the adapter"
             )
-        shared = [n for n, m in zip(self.modules, self.layers) if m.lora_variant]
-        if gate.dim() == 2 and shared:
-            raise ValueError(
-                f"the DoRA layer {shared[0]!r} takes one gate for the whole batch, "
-                f'not one per example; use RankELBO(noise="batch")'
-            )
-        with self._holding({"gate": gate.split(self.ranks, -1)}):
+        self._require_one_draw_for_dora(gate)
+        with self._holding({"gate": torch.split(gate, list(self.ranks), -1)}):
             yield
 
     @contextmanager
@@ -185,10 +192,11 @@ class RankSpace:
                 f"the drawn weights have shape {tuple(value.shape)}; expected "
                 f"({sum(lengths)},) or (batch, {sum(lengths)}) for {self.sides}"
             )
+        self._require_one_draw_for_dora(value)
         parts: Parts = {}
-        for side, flat in zip(self.sides, value.split(lengths, -1), strict=True):
-            pieces = flat.split([w.numel() for w in self.weights(side)], -1)
-            rows = [v.unflatten(-1, (r, -1)) for v, r in zip(pieces, self.ranks)]
+        for side, flat in zip(self.sides, torch.split(value, lengths, -1), strict=True):
+            pieces = torch.split(flat, [w.numel() for w in self.weights(side)], -1)
+            rows = [v.view(*v.shape[:-1], r, -1) for v, r in zip(pieces, self.ranks)]
             parts[side] = rows if side == "lora_A" else [v.mT for v in rows]
         with self._holding(parts):
             yield
@@ -221,17 +229,40 @@ class RankSpace:
     @contextmanager
     def _holding(self, parts: Parts) -> Iterator[None]:
         self._require_live()
+        parts = {**(self.bank.parts or {}), **parts}
         with self.bank.holding(parts), carried_by_checkpoints(self._blocks, self.bank):
             yield
         if any(gate.fired for gate in self._gates):
             self.check_fired()
 
+    def _require_one_draw_for_dora(self, draw: Tensor) -> None:
+        """DoRA sends the identity through A and B too: its rows are no examples."""
+        shared = [n for n, m in zip(self.modules, self.layers) if self._is_dora(m)]
+        if draw.dim() == 2 and shared:
+            raise ValueError(
+                f"the DoRA layer {shared[0]!r} takes one draw for the whole batch, "
+                f'not one per example; use RankELBO(noise="batch")'
+            )
+
+    def _is_dora(self, layer: LoraLayer) -> bool:
+        return self.adapter in layer.lora_variant
+
     def _require_live(self) -> None:
-        for name, layer, lora_B in zip(self.modules, self.layers, self._lora_B):
+        modules: Iterator[Any] = self.net.modules()
+        if self.layers[0] not in modules:
+            raise RuntimeError(
+                f"adapter {self.adapter!r} was unloaded from the network, so that no "
+                f"draw can enter the forward pass; build the model anew"
+            )
+        for name, layer, gate in zip(self.modules, self.layers, self._gates):
             if self.adapter not in layer.lora_B:
                 problem, remedy = "was deleted", "build the model on another adapter"
-            elif layer.lora_B[self.adapter] is not lora_B:
-                problem, remedy = "was replaced", "build the model anew"
+            elif gate not in layer.lora_B[self.adapter]._forward_pre_hooks.values():
+                problem = "was replaced, or its RankSpace closed,"
+                remedy = "build the model anew"
+            elif self._is_dora(layer) and dora.ENABLE_DORA_CACHING:
+                problem = "has a cached weight norm"
+                remedy = "leave peft.helpers.DoraCaching()"
             elif layer.merged:
                 problem, remedy = "is merged", "call net.unmerge_adapter()"
             elif layer.disable_adapters:
@@ -277,7 +308,10 @@ def _check_layer(name: str, layer: LoraLayer, adapter: str, linear: bool) -> Non
             f"through a module; {out}"
         )
     if adapter in layer.lora_variant and variant not in VARIANTS:
-        raise TypeError(f"{name!r} uses {variant}, which cannot be gated; {out}")
+        raise TypeError(
+            f"{name!r} uses {variant}, which is not W0 x + scaling B diag(z) A x; "
+            f"use plain LoRA, rsLoRA, or DoRA on linear layers"
+        )
     if layer.lora_bias.get(adapter, False):
         raise TypeError(
             f"{name!r} has lora_bias=True: its update is not B diag(z) A x; "
@@ -288,10 +322,26 @@ def _check_layer(name: str, layer: LoraLayer, adapter: str, linear: bool) -> Non
             f"{name!r} is a LoRA {kind} layer; drawn weights A and B need Linear or "
             f"Conv1D layers: use models.GateLoRA, or leave it out of target_modules"
         )
-    dropout = getattr(layer.lora_dropout[adapter], "p", 0.0)
-    if dropout > 0:
+
+
+def _refuse_attention_parts(net: PeftModel, names: Iterable[str]) -> None:
+    """nn.MultiheadAttention reads the weight of its projection and never calls it."""
+    for name in names:
+        parent = net.get_submodule(f"base_model.model.{name}".rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            raise TypeError(
+                f"{name!r} belongs to an nn.MultiheadAttention, which reads its weight "
+                f"and never calls it; leave it out of target_modules "
+                f"(LoraConfig's exclude_modules)"
+            )
+
+
+def _warn_of_dropout(layers: dict[str, LoraLayer], adapter: str) -> None:
+    rates = {n: getattr(m.lora_dropout[adapter], "p", 0.0) for n, m in layers.items()}
+    noisy = [name for name, rate in rates.items() if rate > 0]
+    if noisy:
         warnings.warn(
-            f"{name!r} has lora_dropout={dropout}, a second source of noise beside the "
-            f"posterior; use LoraConfig(lora_dropout=0.0)",
+            f"lora_dropout={rates[noisy[0]]} in {noisy[0]!r} is a second source of "
+            f"noise beside the posterior; use LoraConfig(lora_dropout=0.0)",
             stacklevel=4,
         )

@@ -1,0 +1,109 @@
+"""RankDiagonal: its parameters, its reports and its refusals."""
+
+import math
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+from pyro.infer.autoguide import AutoNormal
+from torch import Tensor
+
+import lrvd_pyro as lrvd
+from lrvd_pyro.guides import RankDiagonal
+from lrvd_pyro.models import FactorLoRA, GateLoRA
+from nets import bert, regression, tokens
+
+
+@pytest.mark.parametrize(
+    ("family", "learn_mean", "count"),
+    [(GateLoRA, False, 1), (GateLoRA, True, 2), (FactorLoRA, False, 1)],
+)
+def test_extra_parameters_are_r_or_2r(family: Any, learn_mean: bool, count: int) -> None:
+    model = family(bert(), num_data=60)
+    guide = RankDiagonal(model, learn_mean=learn_mean)
+    assert sum(p.numel() for p in guide.parameters()) == count * model.space.size
+
+
+@pytest.mark.parametrize("sides", [(), ("lora_A",), ("lora_A", "lora_B")])
+def test_log_alpha_starts_where_it_is_told(sides: Any) -> None:
+    net = bert()
+    model: Any = GateLoRA(net, num_data=60)
+    if sides:
+        model.space.close()
+        model = FactorLoRA(net, num_data=60, sides=sides)
+    guide = RankDiagonal(model, init_log_alpha=-2.0)
+    torch.testing.assert_close(guide.log_alpha, torch.full((16,), -2.0))
+    assert float(guide.effective_rank) == pytest.approx(16 / (1 + math.exp(-2)))
+    ranks = guide.effective_ranks
+    assert ranks.keys() == set(model.space.modules)
+    assert sum(ranks.values()) == pytest.approx(float(guide.effective_rank))
+
+
+def test_log_alpha_is_noise_over_signal_of_each_row() -> None:
+    net = regression(features=5, r=3)
+    guide = RankDiagonal(FactorLoRA(net, num_data=9))
+    A = net.base_model.model.linear.lora_A.default.weight.detach()
+    expected = guide.log_variance.detach() + math.log(5) - A.square().sum(1).log()
+    torch.testing.assert_close(guide.log_alpha, expected)
+
+
+def test_log_alpha_of_a_learned_mean_is_relative_to_it() -> None:
+    guide = RankDiagonal(GateLoRA(bert(), num_data=60), learn_mean=True)
+    with torch.no_grad():
+        guide.loc.fill_(-2.0)
+    torch.testing.assert_close(guide.log_alpha, torch.full((16,), -4.0 - math.log(4)))
+
+
+def test_a_bound_is_a_wall_and_no_trap() -> None:
+    guide = RankDiagonal(GateLoRA(bert(), num_data=60))
+    low, high = guide.bounds
+    with torch.no_grad():
+        guide.log_variance[:2] = torch.tensor([low - 1, high + 1])
+    assert guide.log_alpha[0] == low and guide.log_alpha[1] == high
+    for sign, stays in ((1.0, [True, False]), (-1.0, [False, True])):
+        with pyro.poutine.trace() as run:
+            guide()
+        scale = run.trace.nodes["gate"]["fn"].base_dist.scale
+        (gradient,) = torch.autograd.grad(sign * scale.sum(), guide.log_variance)
+        assert [float(g) == 0 for g in gradient[:2]] == stays
+
+
+def test_kl_of_a_batch_does_not_grow_with_it() -> None:
+    """The KL of parameters that the draw does not change is computed once."""
+    model = FactorLoRA(bert(), num_data=60)
+    guide = RankDiagonal(model)
+    terms = []
+    for size in (1, 6):
+        elbo = lrvd.RankELBO()
+        elbo.loss(model, guide, **tokens(size))
+        terms.append(elbo.terms["kl"]["factor"])
+    torch.testing.assert_close(terms[0], terms[1])
+
+
+def hierarchical(space: Any) -> Tensor:
+    scale = pyro.sample("scale", dist.HalfCauchy(torch.ones(1)).to_event(1))
+    fn = dist.Normal(torch.zeros(space.size), scale)
+    return pyro.sample("gate", fn.to_event(1))
+
+
+def positive(space: Any) -> Tensor:
+    return pyro.sample("gate", dist.LogNormal(torch.zeros(space.size), 1.0).to_event(1))
+
+
+@pytest.mark.parametrize("prior", [hierarchical, positive])
+def test_other_latent_sites_are_refused_and_autonormal_named(prior: Any) -> None:
+    model = GateLoRA(bert(), prior=prior, num_data=60)
+    with pytest.raises(TypeError, match=r"latent sites .*AutoNormal\(model\)"):
+        RankDiagonal(model)
+    guide = AutoNormal(model)
+    with pytest.warns(UserWarning, match="no closed form"):
+        lrvd.RankELBO().loss(model, guide, **tokens())
+
+
+def test_other_models_and_learned_weights_are_refused() -> None:
+    with pytest.raises(TypeError, match="model is a PeftModel.*; RankDiagonal guides"):
+        RankDiagonal(bert())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="learn_mean=True with FactorLoRA"):
+        RankDiagonal(FactorLoRA(bert(), num_data=60), learn_mean=True)
