@@ -80,7 +80,9 @@ def split(data: Text, count: int, *, seed: int) -> list[Text]:
 class Encoded:
     """Tokenised texts with labels, given out as padded batches."""
 
-    def __init__(self, data: Text, model: str = MINILM, *, max_length: int = 64) -> None:
+    def __init__(
+        self, data: Text, model: str = MINILM, *, max_length: int = 64
+    ) -> None:
         tokenizer: Any = AutoTokenizer.from_pretrained(model)
         encoded = tokenizer(
             data.texts,

@@ -72,9 +72,13 @@ class RankDiagonal(UniqueModule):
         scale = torch.exp(0.5 * _walled(self.log_variance, *self.bounds))
         if self.space.sides:
             widths = [self.space.widths(side) for side in self.space.sides]
-            scale = torch.cat([scale.repeat_interleave(w.to(scale.device)) for w in widths])
+            scale = torch.cat(
+                [scale.repeat_interleave(w.to(scale.device)) for w in widths]
+            )
         site = "factor" if self.space.sides else "gate"
-        value: Tensor = pyro.sample(site, dist.Normal(self._means(), scale, validate_args=False).to_event(1))
+        value: Tensor = pyro.sample(
+            site, dist.Normal(self._means(), scale, validate_args=False).to_event(1)
+        )
         return value
 
     def mean(self) -> dict[str, Tensor]:
@@ -140,13 +144,17 @@ class _Walled(torch.autograd.Function):
 
 def _walled(x: Tensor, low: float, high: float) -> Tensor:
     """``x`` clamped; a gradient step may lead back from a bound, but not beyond it."""
-    return _Walled.apply(x, low, high)  # type: ignore[no-any-return]
+    result: Tensor = _Walled.apply(x, low, high)  # type: ignore[no-untyped-call]
+    return result
 
 
 def _check_latent_sites(model: GateLoRA) -> None:
     sites = latent_sites(model.prior, model.space)
     real = getattr(sites.get("gate", None), "support", None)
-    if set(sites) != {"gate"} or getattr(real, "base_constraint", real) is not constraints.real:
+    if (
+        set(sites) != {"gate"}
+        or getattr(real, "base_constraint", real) is not constraints.real
+    ):
         raise TypeError(
             f"the prior has the latent sites {sorted(sites)}; RankDiagonal guides the "
             f"one site 'gate' on the real line, others take "

@@ -2,7 +2,7 @@
 
 import math
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -40,14 +40,14 @@ class LogUniform(TorchDistribution):
         super().__init__(torch.Size(), torch.Size(), validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "LogUniform":
-        new: LogUniform = self._get_checked_instance(LogUniform, _instance)
+        new = self._get_checked_instance(LogUniform, _instance)  # type: ignore[no-untyped-call]
         TorchDistribution.__init__(new, torch.Size(batch_shape), validate_args=False)
         new._validate_args = self._validate_args
-        return new
+        return cast(LogUniform, new)
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Any = ()) -> Tensor:
         """Ones: a finite placeholder, no draw."""
-        return torch.ones(self._extended_shape(sample_shape))
+        return torch.ones(self._extended_shape(torch.Size(sample_shape)))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """``-log|z| - 2.0541``, in nats; infinite at zero."""
@@ -61,7 +61,8 @@ def dawson(u: Tensor) -> Tensor:
 
     Absolute error below 1e-9 in float64; differentiable any number of times.
     """
-    return _Dawson.apply(u)  # type: ignore[no-any-return]
+    result: Tensor = _Dawson.apply(u)  # type: ignore[no-untyped-call]
+    return result
 
 
 def dawson_integral(u: Tensor) -> Tensor:
@@ -69,7 +70,8 @@ def dawson_integral(u: Tensor) -> Tensor:
 
     ``F(|m| / (sqrt(2) s))`` is the KL divergence of ``N(m, s^2)`` from `LogUniform`.
     """
-    return _DawsonIntegral.apply(u)  # type: ignore[no-any-return]
+    result: Tensor = _DawsonIntegral.apply(u)  # type: ignore[no-untyped-call]
+    return result
 
 
 def log_uniform_kl(log_alpha: Tensor) -> Tensor:
@@ -100,7 +102,7 @@ def molchanov_kl(log_alpha: Tensor) -> Tensor:
     return k1 - k1 * gate + 0.5 * torch.nn.functional.softplus(-log_alpha)
 
 
-@register_kl(Normal, LogUniform)
+@register_kl(Normal, LogUniform)  # type: ignore[untyped-decorator]
 def _kl_normal_log_uniform(q: Normal, p: LogUniform) -> Tensor:
     kl = dawson_integral(q.loc.abs() / (math.sqrt(2) * q.scale))
     return kl.expand(torch.broadcast_shapes(kl.shape, p.batch_shape))
@@ -117,7 +119,8 @@ class _Dawson(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (u,) = ctx.saved_tensors
-        return grad * (1 - 2 * u * dawson(u))
+        slope: Tensor = 1 - 2 * u * dawson(u)
+        return grad * slope
 
 
 class _DawsonIntegral(torch.autograd.Function):
@@ -126,7 +129,9 @@ class _DawsonIntegral(torch.autograd.Function):
         ctx.save_for_backward(u)
         top = u.clamp(min=_SWITCH)
         large = top.log() + _LIMIT - _horner(_SERIES_OF_F, top.reciprocal().square())
-        return torch.where(u < _SWITCH, u.square() * _interpolate("F(u) / u^2", u), large)
+        return torch.where(
+            u < _SWITCH, u.square() * _interpolate("F(u) / u^2", u), large
+        )
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -178,7 +183,7 @@ def _cells(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor,
 
 
 def _dawson_by_series(u: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """``u exp(-u^2) sum_k u^(2k) / (k! (2k + 1))``: no cancellation, for ``u <= 10``."""
+    """``u exp(-u^2) sum_k u^(2k) / (k! (2k + 1))`` for ``u <= 10``, no cancellation."""
     term = np.exp(-u * u)
     total = np.zeros_like(u)
     for k in range(400):

@@ -5,8 +5,8 @@ from typing import Any
 
 from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
-from pyro.infer.util import site_is_subsample
 from pyro.poutine import Trace
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
@@ -16,9 +16,10 @@ Unexpanded = Mapping[str, Distribution]
 
 def latent_sites(trace: Trace) -> dict[str, Site]:
     """The sample sites of a trace that are neither observed nor subsample indices."""
+    nodes: dict[str, Site] = trace.nodes
     return {
         name: site
-        for name, site in trace.nodes.items()
+        for name, site in nodes.items()
         if site["type"] == "sample"
         and not site["is_observed"]
         and not site_is_subsample(site)

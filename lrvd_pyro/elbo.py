@@ -28,7 +28,7 @@ def linear_warmup(steps: int) -> Callable[[int], float]:
     return lambda step: min(1.0, step / max(1, steps))
 
 
-class RankELBO(TraceMeanField_ELBO):  # type: ignore[misc]
+class RankELBO(TraceMeanField_ELBO):
     """The negative evidence lower bound, in nats per data set.
 
     ``loss = -(N/B) sum_b E_q[log p(y_b | z)] + kl_weight * KL(q(z) || p(z))``, the KL
@@ -71,7 +71,7 @@ class RankELBO(TraceMeanField_ELBO):  # type: ignore[misc]
     ) -> None:
         if noise not in ("example", "batch"):
             raise ValueError(f'noise={noise!r}; expected "example" or "batch"')
-        super().__init__(num_particles=num_particles)
+        super().__init__(num_particles=num_particles)  # type: ignore[no-untyped-call]
         self.kl_weight = kl_weight
         self.noise = noise
         self.step = 0
@@ -110,7 +110,7 @@ class RankELBO(TraceMeanField_ELBO):  # type: ignore[misc]
         params: set[Tensor] = set()
         for loss, found in self._particles(model, guide, args, kwargs):
             if loss.requires_grad:
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
             losses.append(loss.detach())
             params.update(found.values())
         value = float(torch.stack(losses).sum())
@@ -120,7 +120,11 @@ class RankELBO(TraceMeanField_ELBO):  # type: ignore[misc]
         return value
 
     def check(self) -> None:
-        """Raise a ValueError with step and term if a term of the last loss is not finite."""
+        """Raise if a term of the last loss is not finite.
+
+        Raises:
+            ValueError: With the step and the term.
+        """
         kl = {f"kl[{name!r}]": value for name, value in self.terms["kl"].items()}
         for name, value in ({**self.terms} | kl).items():
             if name != "kl" and not bool(torch.isfinite(value)):
@@ -133,7 +137,7 @@ class RankELBO(TraceMeanField_ELBO):  # type: ignore[misc]
     def _particles(
         self, model: Any, guide: Any, args: Any, kwargs: Any
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """For each particle its share of the loss, and the parameters that took part."""
+        """For each particle its share of the loss, and the parameters it read."""
         weight = self.kl_weight
         weight = weight(self.step) if callable(weight) else weight
         terms: dict[str, Tensor] = {}
@@ -148,7 +152,10 @@ class RankELBO(TraceMeanField_ELBO):  # type: ignore[misc]
             prior = total - observed.get("weight_prior", 0.0)
             loss = weight * prior - observed.get("log_likelihood", 0.0)
             yield loss / self.num_particles, _parameters(model_trace, guide_trace)
-        self.terms = terms | {"kl": divergences, "kl_weight": torch.tensor(float(weight))}
+        self.terms = terms | {
+            "kl": divergences,
+            "kl_weight": torch.tensor(float(weight)),
+        }
         self.step += torch.is_grad_enabled()
 
     def _run(
@@ -181,7 +188,11 @@ class RankELBO(TraceMeanField_ELBO):  # type: ignore[misc]
         for name in set(names) - self._warned:
             self._warned.add(name)
             q = type(_base(guide.nodes[name]["fn"])).__name__
-            p = type(_base(model.nodes[name]["fn"])).__name__ if name in model else "..."
+            p = (
+                type(_base(model.nodes[name]["fn"])).__name__
+                if name in model
+                else "..."
+            )
             warnings.warn(
                 f"no closed form of KL({q} || {p}) at site {name!r}: it is estimated "
                 f"by Monte Carlo",
@@ -209,8 +220,9 @@ class RankELBO(TraceMeanField_ELBO):  # type: ignore[misc]
 
 def _observed(trace: Trace) -> dict[str, Tensor]:
     """The log likelihood and the weight prior, where there is one."""
-    terms: dict[str, Tensor] = {}
-    for name, site in trace.nodes.items():
+    terms: dict[str, Any] = {}
+    nodes: dict[str, Any] = trace.nodes
+    for name, site in nodes.items():
         if site["type"] != "sample" or not site["is_observed"]:
             continue
         if site["infer"].get("_deterministic"):
@@ -222,7 +234,7 @@ def _observed(trace: Trace) -> dict[str, Tensor]:
 
 def _parameters(*traces: Trace) -> dict[str, Tensor]:
     """The unconstrained parameters that programs read, by name."""
-    found = {}
+    found: dict[str, Any] = {}
     for trace in traces:
         for name, site in trace.nodes.items():
             if site["type"] == "param":

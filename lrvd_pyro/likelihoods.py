@@ -48,7 +48,7 @@ def data_plate(size: int, labels: Tensor | None, num_data: int) -> Any:
         return pyro.plate("data", size)
     if size > num_data:
         raise ValueError(
-            f"a labelled batch has {size} examples but num_data={num_data}; num_data is "
+            f"a labelled batch has {size} examples but num_data={num_data}; expected "
             f"the size of the training set: GateLoRA(..., num_data=len(train))"
         )
     return pyro.plate("data", num_data, subsample=torch.empty(size))
@@ -93,7 +93,11 @@ class Categorical:
         if labels is not None:
             self._check(predictions, labels)
         with data_plate(len(predictions), labels, num_data):
-            pyro.sample("labels", dist.Categorical(logits=precise(predictions), validate_args=False), obs=labels)
+            pyro.sample(
+                "labels",
+                dist.Categorical(logits=precise(predictions), validate_args=False),
+                obs=labels,
+            )
 
     def _check(self, logits: Tensor, labels: Tensor) -> None:
         if labels.is_floating_point() or labels.is_complex():
@@ -151,7 +155,7 @@ class NormalPrediction:
     samples: Tensor | None = None
 
 
-class Normal(PyroModule):  # type: ignore[misc]
+class Normal(PyroModule):
     """Regression: ``labels ~ Normal(predictions, scale)`` with a learned ``scale``.
 
     Predictions are ``B`` or ``B x 1``, labels ``B`` and floating point.
@@ -166,7 +170,7 @@ class Normal(PyroModule):  # type: ignore[misc]
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
-        self.scale = PyroParam(torch.tensor(scale), constraints.positive)
+        self.scale: Any = PyroParam(torch.tensor(scale), constraints.positive)
 
     def forward(
         self, predictions: Tensor, labels: Tensor | None, num_data: int
@@ -183,7 +187,9 @@ class Normal(PyroModule):  # type: ignore[misc]
                 f"{tuple(predictions.shape)}; expected one label per prediction"
             )
         with data_plate(len(mean), labels, num_data):
-            pyro.sample("labels", dist.Normal(mean, self.scale, validate_args=False), obs=labels)
+            pyro.sample(
+                "labels", dist.Normal(mean, self.scale, validate_args=False), obs=labels
+            )
 
     def _mean(self, predictions: Tensor) -> Tensor:
         if predictions.dim() == 2 and predictions.shape[1] == 1:

@@ -9,7 +9,7 @@ from pyro.nn import PyroModule
 _numbers = itertools.count()
 
 
-class UniqueModule(PyroModule):  # type: ignore[misc]
+class UniqueModule(PyroModule):
     """A root PyroModule under a name that no other object of this process bears.
 
     Pyro's store keeps parameters by name; a second root of the same name would be
@@ -25,7 +25,7 @@ class UniqueModule(PyroModule):  # type: ignore[misc]
         return f"{cls.__name__}_{next(_numbers)}"
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._pyro_context.used = False
         self._pyro_set_supermodule(self._new_name(), self._pyro_context)
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer.util import site_is_subsample
 from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.util import site_is_subsample
 from torch.distributions import Distribution
 
 
@@ -34,7 +34,7 @@ class PerExample(poutine.messenger.Messenger):
 
     def __enter__(self) -> "PerExample":
         self.unexpanded = {}
-        return super().__enter__()  # type: ignore[no-any-return]
+        return super().__enter__()
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] or site_is_subsample(msg):

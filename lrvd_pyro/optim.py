@@ -12,9 +12,11 @@ GROUPS = ("adapter", "head", "variational")
 
 
 def group_of(path: str, *, in_net: bool) -> str:
-    """The group of a parameter: LoRA weights are the ``adapter``, whatever else trains
-    in the network is the ``head``, the rest (of guide, prior, likelihood) is
-    ``variational``."""
+    """The group of a parameter.
+
+    LoRA weights are the ``adapter``, whatever else trains in the network the ``head``;
+    the rest, parameters of guide, prior and likelihood, is ``variational``.
+    """
     if not in_net:
         return "variational"
     return "adapter" if "lora_" in path else "head"
@@ -38,8 +40,8 @@ def parameter_groups(
         optim.step()
         optim.zero_grad()
 
-    To accumulate gradients over k micro-batches, call ``(loss(**batch) / k).backward()``
-    for each before the one ``optim.step()``.
+    To accumulate gradients over k micro-batches, call
+    ``(loss(**batch) / k).backward()`` for each before the one ``optim.step()``.
     """
     rates = (lr, lr if head_lr is None else head_lr, variational_lr)
     groups: dict[str, list[Tensor]] = {group: [] for group in GROUPS}
@@ -54,7 +56,7 @@ def parameter_groups(
     ]
 
 
-class AdamW(PyroOptim):  # type: ignore[misc]
+class AdamW(PyroOptim):
     """``torch.optim.AdamW(fused=True)`` over all parameters of model and guide.
 
     Pyro's own wrapper makes one optimiser per parameter; this is one for all, with a
@@ -104,7 +106,7 @@ class AdamW(PyroOptim):  # type: ignore[misc]
         super().__init__(torch.optim.AdamW, {})
         rates = (lr, lr if head_lr is None else head_lr, variational_lr)
         decays = (weight_decay, weight_decay, 0.0)
-        self.groups = [
+        self.groups: list[dict[str, Any]] = [
             {"params": [], "name": name, "lr": rate, "weight_decay": decay}
             for name, rate, decay in zip(GROUPS, rates, decays, strict=True)
         ]
@@ -151,19 +153,21 @@ class AdamW(PyroOptim):  # type: ignore[misc]
             self._restore(self.torch_optim)
 
     def _with(self, params: set[Tensor]) -> torch.optim.AdamW:
-        """The torch optimiser, with new parameters added in the order of their names."""
+        """The torch optimiser, new parameters added in the order of their names."""
         known: set[Tensor] = set()
         if self.torch_optim is not None:
             groups = self.torch_optim.param_groups
             known = {p for group in groups for p in group["params"]}
         if new := params - known:
             store = pyro.get_param_store()
-            for name, parameter in sorted((store.param_name(p), p) for p in new):
+            for name, parameter in sorted((str(store.param_name(p)), p) for p in new):
                 _, is_net, path = name.partition(".net$$$")
                 index = GROUPS.index(group_of(path, in_net=bool(is_net)))
                 self.groups[index]["params"].append(parameter)
             old = self.torch_optim
-            self.torch_optim = torch.optim.AdamW(self.groups, betas=self.betas, fused=True)
+            self.torch_optim = torch.optim.AdamW(
+                self.groups, betas=self.betas, fused=True
+            )
             self.groups = self.torch_optim.param_groups
             if old is not None:
                 self.torch_optim.state.update(old.state)

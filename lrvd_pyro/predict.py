@@ -145,7 +145,10 @@ def _outputs(model: RankModel, value: Tensor, batch: Mapping[str, Any]) -> Tenso
 def _unstack(samples: Mapping[str, Tensor]) -> list[Latents]:
     """One dict per draw; Pyro's singleton plate axes are dropped."""
     count = len(next(iter(samples.values())))
-    return [{k: v[s].reshape(v.shape[-1:]) for k, v in samples.items()} for s in range(count)]
+    return [
+        {k: v[s].reshape(v.shape[-1:]) for k, v in samples.items()}
+        for s in range(count)
+    ]
 
 
 @contextmanager

@@ -7,19 +7,22 @@ program can be drawn once per batch or once per example::
 
     def centred(space):
         scale = pyro.sample("scale", dist.HalfCauchy(torch.ones(1)).to_event(1))
-        return pyro.sample("gate", dist.Normal(0, scale.expand(...)).to_event(1))
+        z = pyro.sample("z", dist.Normal(torch.ones(space.size), 1).to_event(1))
+        return scale * z
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import pyro
 import torch
+from pyro import distributions as dist
 from pyro import poutine
-from pyro.infer.util import site_is_subsample
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution
 
-from lrvd_pyro import distributions
+from lrvd_pyro import distributions, divergence
 from lrvd_pyro.noise import PerExample
 from lrvd_pyro.rank_space import RankSpace
 
@@ -32,7 +35,8 @@ CONTRACT = """A prior maps a RankSpace to the gate, of event shape (R,):
 for example
   def prior(space):
       scale = pyro.sample("scale", dist.HalfCauchy(torch.ones(1)).to_event(1))
-      return scale * pyro.sample("z", dist.Normal(torch.ones(space.size), 1).to_event(1))"""
+      z = pyro.sample("z", dist.Normal(torch.ones(space.size), 1).to_event(1))
+      return scale * z"""
 
 
 class LogUniform:
@@ -48,20 +52,19 @@ class LogUniform:
     def __call__(self, space: RankSpace) -> Tensor:
         return pyro.sample("gate", self.distribution(space.size))
 
-    def distribution(self, size: int) -> pyro.distributions.TorchDistribution:
+    def distribution(self, size: int) -> dist.TorchDistribution:
         """The density over ``size`` components, with one event dimension."""
-        return distributions.LogUniform().expand([size]).to_event(1)
+        prior = distributions.LogUniform().expand([size])
+        independent: dist.TorchDistribution = prior.to_event(1)  # type: ignore[no-untyped-call]
+        return independent
 
 
 def latent_sites(prior: Prior, space: RankSpace) -> dict[str, Distribution]:
     """The distributions of a prior's latent sites, from one run of it."""
     with torch.random.fork_rng(), poutine.block(), poutine.trace() as run:
         prior(space)
-    nodes = run.trace.nodes.items()
     return {
-        name: site["fn"]
-        for name, site in nodes
-        if site["type"] == "sample" and not site["is_observed"]
+        name: site["fn"] for name, site in divergence.latent_sites(run.trace).items()
     }
 
 
@@ -81,7 +84,8 @@ def check_prior(prior: Prior, space: RankSpace) -> bool:
                     gate = prior(space)
                 except (RuntimeError, ValueError, IndexError) as error:
                     raise _breach(f"it fails on a batch of {batch}: {error}") from error
-        for name, site in run.trace.nodes.items():
+        nodes: dict[str, Any] = run.trace.nodes
+        for name, site in nodes.items():
             if site["type"] != "sample" or site_is_subsample(site):
                 continue
             if site["infer"].get("_deterministic"):

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import pyro
 from peft import PeftModel
@@ -66,8 +66,7 @@ class RankModel(UniqueModule):
     @property
     def base_net(self) -> PeftModel:
         """The network, read without telling Pyro."""
-        net: PeftModel = self._modules["net"]
-        return net
+        return cast(PeftModel, self._modules["net"])
 
     def _register_parameters(self) -> None:
         """Show Pyro the trainable parameters, and only them."""

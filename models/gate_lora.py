@@ -58,9 +58,7 @@ class GateLoRA(RankModel):
         weight_prior: torch.distributions.Distribution | None = None,
         adapter: str | None = None,
     ) -> None:
-        super().__init__(
-            RankSpace(net, adapter), likelihood or Categorical(), num_data
-        )
+        super().__init__(RankSpace(net, adapter), likelihood or Categorical(), num_data)
         self.prior = prior or LogUniform()
         self.weight_prior = weight_prior
         self._prior_names_gate: bool | None = None
@@ -74,8 +72,8 @@ class GateLoRA(RankModel):
             gate = pyro.deterministic("gate", gate, event_dim=1)
         if self.weight_prior is not None:
             weights = self.space.weights("lora_A") + self.space.weights("lora_B")
-            log_prob = sum(self.weight_prior.log_prob(w).sum() for w in weights)
-            pyro.factor("weight_prior", log_prob, has_rsample=False)
+            log_probs = [self.weight_prior.log_prob(w).sum() for w in weights]
+            pyro.factor("weight_prior", torch.stack(log_probs).sum(), has_rsample=False)
         return gate
 
     def bind(self, value: Tensor) -> AbstractContextManager[None]:

@@ -15,7 +15,7 @@ torch.set_num_threads(1)  # the networks are tiny
 
 @pytest.fixture(autouse=True)
 def alone(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Float64, a cleared store, validation on, and a seed drawn from the test's name."""
+    """Float64, a cleared store, validation on, a seed drawn from the test's name."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     pyro.clear_param_store()

@@ -27,7 +27,8 @@ def by_quadrature(log_alpha: float) -> float:
     u = math.exp(-0.5 * (log_alpha + math.log(2)))
     pieces = [0.0, *[p for p in (1.0, 3.0, 10.0, 50.0) if p < u], u]
     return 2 * sum(
-        quad(dawsn, a, b, epsabs=1e-12, limit=200)[0] for a, b in zip(pieces, pieces[1:])
+        quad(dawsn, a, b, epsabs=1e-12, limit=200)[0]
+        for a, b in zip(pieces, pieces[1:])
     )
 
 
@@ -90,7 +91,9 @@ def test_kl_depends_on_the_noise_to_signal_ratio_alone() -> None:
     kl = kl_divergence(dist.Normal(loc, scale), prior)
     log_alpha = 2 * (scale / loc.abs()).log()
     torch.testing.assert_close(kl, log_uniform_kl(log_alpha))
-    torch.testing.assert_close(kl, kl_divergence(dist.Normal(7 * loc, 7 * scale), prior))
+    torch.testing.assert_close(
+        kl, kl_divergence(dist.Normal(7 * loc, 7 * scale), prior)
+    )
 
 
 def test_kl_and_its_gradient_are_finite_where_the_mean_is_zero() -> None:

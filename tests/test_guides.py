@@ -6,6 +6,7 @@ from typing import Any
 import pyro
 import pytest
 import torch
+from nets import bert, regression, tokens
 from pyro import distributions as dist
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
@@ -13,14 +14,15 @@ from torch import Tensor
 import lrvd_pyro as lrvd
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
-from nets import bert, regression, tokens
 
 
 @pytest.mark.parametrize(
     ("family", "learn_mean", "count"),
     [(GateLoRA, False, 1), (GateLoRA, True, 2), (FactorLoRA, False, 1)],
 )
-def test_extra_parameters_are_r_or_2r(family: Any, learn_mean: bool, count: int) -> None:
+def test_extra_parameters_are_r_or_2r(
+    family: Any, learn_mean: bool, count: int
+) -> None:
     model = family(bert(), num_data=60)
     guide = RankDiagonal(model, learn_mean=learn_mean)
     assert sum(p.numel() for p in guide.parameters()) == count * model.space.size

@@ -7,6 +7,7 @@ from typing import Any
 import pyro
 import pytest
 import torch
+from nets import bert, lora, regression, tokens
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import SVI
@@ -16,7 +17,6 @@ import lrvd_pyro as lrvd
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.likelihoods import Normal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
-from nets import bert, lora, regression, tokens
 
 BOTH = [GateLoRA, FactorLoRA]
 
@@ -31,7 +31,9 @@ def trainable(module: torch.nn.Module) -> list[Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", BOTH)
-def test_with_b_zero_the_network_is_the_base_bit_for_bit(family: Any, dtype: Any) -> None:
+def test_with_b_zero_the_network_is_the_base_bit_for_bit(
+    family: Any, dtype: Any
+) -> None:
     net = bert(randomise=False).to(dtype)
     batch = tokens(labels=False)
     with torch.no_grad(), net.disable_adapter():
@@ -43,7 +45,9 @@ def test_with_b_zero_the_network_is_the_base_bit_for_bit(family: Any, dtype: Any
         with lrvd.posterior_sample(model, guide, seed=1) as bound:
             assert torch.equal(bound(**batch).logits, base)
         with lrvd.noise.PerExample(6):
-            assert torch.equal(poutine.replay(model, poutine.trace(guide).get_trace())(**batch), base)
+            assert torch.equal(
+                poutine.replay(model, poutine.trace(guide).get_trace())(**batch), base
+            )
 
 
 def test_with_noise_on_b_the_base_is_kept_at_the_posterior_mean_only() -> None:
@@ -112,7 +116,9 @@ def test_rows_of_a_take_gaussian_noise_with_one_scale_per_rank() -> None:
     A = net.base_model.model.linear.lora_A.default.weight
     torch.testing.assert_close(draws.mean(0), A, rtol=0, atol=0.15)
     scales = draws.std(0).mean(1)
-    torch.testing.assert_close(scales, (guide.log_variance / 2).exp(), rtol=0.05, atol=0.0)
+    torch.testing.assert_close(
+        scales, (guide.log_variance / 2).exp(), rtol=0.05, atol=0.0
+    )
 
 
 @pytest.mark.parametrize("family", BOTH)
@@ -163,14 +169,18 @@ def test_a_copy_trains_and_the_original_does_not_move(family: Any, how: str) -> 
     svi_for(model, guide).step(**tokens())
     before = trainable(model) + trainable(guide)
     pair = (model, guide)
-    copied = copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    copied = (
+        copy.deepcopy(pair) if how == "deepcopy" else pickle.loads(pickle.dumps(pair))
+    )
     assert all(torch.equal(a, b) for a, b in zip(before, trainable(copied[0])))
     svi = svi_for(*copied)
     for _ in range(2):
         svi.step(**tokens())
     moved = trainable(copied[0]) + trainable(copied[1])
     assert not any(torch.equal(a, b) for a, b in zip(before, moved))
-    assert all(torch.equal(a, b) for a, b in zip(before, trainable(model) + trainable(guide)))
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, trainable(model) + trainable(guide))
+    )
 
 
 def test_release_takes_the_parameters_out_of_the_store() -> None:
@@ -183,7 +193,9 @@ def test_release_takes_the_parameters_out_of_the_store() -> None:
     model.release()
     guide.release()
     names = list(pyro.get_param_store().keys())
-    assert names and not any(n.startswith((model._pyro_name + ".", guide._pyro_name + ".")) for n in names)
+    assert names and not any(
+        n.startswith((model._pyro_name + ".", guide._pyro_name + ".")) for n in names
+    )
     assert all(torch.equal(a, b) for a, b in zip(before, trainable(model)))
     svi_for(model, guide).step(**tokens())
     assert not any(torch.equal(a, b) for a, b in zip(before, trainable(model)))
@@ -233,7 +245,9 @@ def test_svi_recovers_the_conjugate_posterior() -> None:
     layer = net.base_model.model.linear
     x = torch.randn(40, 4)
     design = (x @ layer.lora_A.default.weight.T) * layer.lora_B.default.weight[0]
-    basis = torch.linalg.qr(design).Q  # orthogonal, so that the diagonal family is exact
+    basis = torch.linalg.qr(
+        design
+    ).Q  # orthogonal, so that the diagonal family is exact
     layer.lora_A.default.weight.data = torch.linalg.lstsq(x, basis).solution.T
     layer.lora_B.default.weight.data = torch.ones(1, 3) * 6
     design = 6 * x @ layer.lora_A.default.weight.T
@@ -242,7 +256,9 @@ def test_svi_recovers_the_conjugate_posterior() -> None:
     noise.scale_unconstrained.requires_grad_(False)
 
     def prior(space: Any) -> Tensor:
-        return pyro.sample("gate", dist.Normal(torch.zeros(space.size), 1.0).to_event(1))
+        return pyro.sample(
+            "gate", dist.Normal(torch.zeros(space.size), 1.0).to_event(1)
+        )
 
     model = GateLoRA(net, prior=prior, likelihood=noise, num_data=40)
     guide = RankDiagonal(model, learn_mean=True)
@@ -254,7 +270,9 @@ def test_svi_recovers_the_conjugate_posterior() -> None:
     precision = design.T @ design / 0.49 + torch.eye(3)
     mean = torch.linalg.solve(precision, design.T @ target / 0.49)
     off = precision - precision.diag().diag()
-    assert off.abs().max() < 0.05 * precision.diag().min(), "the design is not orthogonal"
+    assert off.abs().max() < 0.05 * precision.diag().min(), (
+        "the design is not orthogonal"
+    )
     torch.testing.assert_close(guide.loc.detach(), mean, rtol=0, atol=0.03)
     sd = (guide.log_variance / 2).exp().detach()
     torch.testing.assert_close(sd, precision.diag() ** -0.5, rtol=0.08, atol=0.0)
@@ -290,7 +308,9 @@ def test_a_scale_is_vacuous_without_a_weight_prior() -> None:
 def test_product_priors_still_show_a_gate() -> None:
     def prior(space: Any) -> Tensor:
         scale = pyro.sample("scale", dist.HalfCauchy(torch.ones(1)).to_event(1))
-        return scale * pyro.sample("z", dist.Normal(torch.ones(space.size), 1.0).to_event(1))
+        return scale * pyro.sample(
+            "z", dist.Normal(torch.ones(space.size), 1.0).to_event(1)
+        )
 
     model = GateLoRA(bert(), prior=prior, num_data=60)
     with lrvd.noise.PerExample(6):
@@ -337,7 +357,9 @@ def too_short(space: Any) -> Tensor:
         (too_short, r"the gate has shape \(2, 2\) on a batch of 2; expected \(2, 16\)"),
     ],
 )
-def test_a_breach_of_the_priors_contract_shows_the_contract(prior: Any, problem: str) -> None:
+def test_a_breach_of_the_priors_contract_shows_the_contract(
+    prior: Any, problem: str
+) -> None:
     model = GateLoRA(bert(), prior=prior, num_data=60)
     with pytest.raises(ValueError, match=problem) as error:
         model(**tokens())
@@ -347,7 +369,9 @@ def test_a_breach_of_the_priors_contract_shows_the_contract(prior: Any, problem:
 @pytest.mark.parametrize("family", BOTH)
 @pytest.mark.parametrize("num_data", [None, 0, 12.0, True])
 def test_num_data_must_be_given(family: Any, num_data: Any) -> None:
-    with pytest.raises(TypeError, match=r"num_data=.*; expected the number of training"):
+    with pytest.raises(
+        TypeError, match=r"num_data=.*; expected the number of training"
+    ):
         family(bert(), num_data=num_data)
 
 
@@ -364,7 +388,11 @@ def test_a_batch_larger_than_the_data_is_refused() -> None:
         (torch.tensor([0, 1, 2, 3, 0, 0]), ValueError, r"0 .. 3 but .* 3 classes"),
         (torch.tensor([0, -1, 2, 0, 0, 0]), ValueError, r"labels lie in -1 .. 2"),
         (torch.zeros(6), TypeError, r"dtype torch.float.*expected integers"),
-        (torch.zeros(6, 3, dtype=torch.long), ValueError, r"one label per row of logits"),
+        (
+            torch.zeros(6, 3, dtype=torch.long),
+            ValueError,
+            r"one label per row of logits",
+        ),
     ],
 )
 def test_bad_labels_are_named(labels: Tensor, error: Any, match: str) -> None:
@@ -401,5 +429,7 @@ def test_factor_lora_has_one_prior_and_two_choices_of_sides() -> None:
 def test_conv_layers_are_for_gates_only() -> None:
     conv = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3))
     net = lora(conv, target_modules=["0"])
-    with pytest.raises(TypeError, match="need Linear or Conv1D layers: use models.GateLoRA"):
+    with pytest.raises(
+        TypeError, match="need Linear or Conv1D layers: use models.GateLoRA"
+    ):
         FactorLoRA(net, num_data=60)

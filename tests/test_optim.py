@@ -5,13 +5,13 @@ from typing import Any
 import pyro
 import pytest
 import torch
+from nets import bert, tokens
 from pyro.infer import SVI
 from torch import Tensor
 
 import lrvd_pyro as lrvd
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import GateLoRA
-from nets import bert, tokens
 
 
 def pair() -> tuple[GateLoRA, RankDiagonal]:
@@ -21,7 +21,9 @@ def pair() -> tuple[GateLoRA, RankDiagonal]:
 
 
 def state(*modules: torch.nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for m in modules for p in m.parameters() if p.requires_grad]
+    return [
+        p.detach().clone() for m in modules for p in m.parameters() if p.requires_grad
+    ]
 
 
 def test_groups_have_their_own_learning_rates_and_decays() -> None:
@@ -88,11 +90,15 @@ def test_state_of_another_model_is_refused() -> None:
     other = lrvd.optim.AdamW()
     other.set_state(optim.get_state())
     svi = SVI(wider, RankDiagonal(wider), other, loss=lrvd.RankELBO())
-    with pytest.raises(ValueError, match=r"\[8, 2, 1\] parameters .* this one \[12, 2, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"\[8, 2, 1\] parameters .* this one \[12, 2, 1\]"
+    ):
         svi.step(**tokens())
 
 
-def accumulate_with_pyro(svi: SVI, optim: Any, batches: list[dict[str, Tensor]]) -> None:
+def accumulate_with_pyro(
+    svi: SVI, optim: Any, batches: list[dict[str, Tensor]]
+) -> None:
     """The recipe of lrvd_pyro.optim.AdamW."""
     k = len(batches)
     with pyro.poutine.trace(param_only=True) as seen:

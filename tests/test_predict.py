@@ -5,6 +5,7 @@ from typing import Any
 import pyro
 import pytest
 import torch
+from nets import bert, lora, regression, tokens
 from pyro.infer import Predictive
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -13,7 +14,6 @@ import lrvd_pyro as lrvd
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.likelihoods import CategoricalPrediction, Normal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
-from nets import bert, lora, regression, tokens
 
 
 @pytest.fixture(params=[GateLoRA, FactorLoRA])
@@ -73,7 +73,9 @@ def test_mode_and_random_state_are_restored(pair: Any) -> None:
     again = lrvd.predict(model, guide, [tokens(labels=False)], 3, seed=5)
     torch.testing.assert_close(first.probs, again.probs)
     with pytest.raises(ZeroDivisionError):
-        model.base_net.base_model.model.classifier.register_forward_hook(lambda *a: 1 / 0)
+        model.base_net.base_model.model.classifier.register_forward_hook(
+            lambda *a: 1 / 0
+        )
         lrvd.predict(model, guide, [tokens()], 1)
     assert [m.training for m in model.modules()] == modes
 
@@ -97,7 +99,9 @@ def test_regression_variance_is_noise_plus_spread() -> None:
 def test_pyros_autoguides_predict_once_they_are_set_up(auto: Any) -> None:
     model = GateLoRA(bert(), num_data=60)
     guide = auto(model)
-    with pytest.raises(ValueError, match=r"Auto\w+ has no parameters yet; train it first"):
+    with pytest.raises(
+        ValueError, match=r"Auto\w+ has no parameters yet; train it first"
+    ):
         lrvd.predict(model, guide, [tokens()], 2)
     lrvd.RankELBO().loss(model, guide, **tokens())
     assert lrvd.predict(model, guide, [tokens()], 2).probs.shape == (6, 3)
@@ -129,7 +133,10 @@ def test_generate_runs_under_one_draw() -> None:
     net = lora(gpt, target_modules=["c_attn"], task_type="CAUSAL_LM")
     model = GateLoRA(net, num_data=9)
     guide = RankDiagonal(model, init_log_alpha=3.0)
-    prompt = {"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": torch.ones(1, 3)}
+    prompt = {
+        "input_ids": torch.tensor([[1, 2, 3]]),
+        "attention_mask": torch.ones(1, 3),
+    }
     texts = {}
     for seed in (0, 0, 1, 2, 3):
         with lrvd.posterior_sample(model, guide, seed=seed) as bound:

