@@ -14,7 +14,7 @@ appends a line per seed and row to results/lora_vs_lrvd.jsonl and prints the tab
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ class Task:
         )
         return get_peft_model(base, config)
 
-    def epochs(self, net: PeftModel, *, member: int = 0) -> Iterator[Iterator[Any]]:
+    def epochs(self, net: PeftModel, *, member: int = 0) -> Iterator[Iterable[Any]]:
         """The batches of each epoch, the network in training mode."""
         order = torch.Generator().manual_seed(self.seed + 1000 * member)
         for epoch in range(EPOCHS):
@@ -181,8 +181,7 @@ def bayesian(family: Any, kl_weight: float, name: str) -> Callable[[Task], Rows]
         ranks = {"kept": int(keep.sum()), "effective": float(guide.effective_rank)}
         with lrvd.posterior_mean(model, guide):
             yield f"{name}, mean", logits(net, task.test).softmax(-1), ranks
-        batches = task.test.in_order()
-        drawn = lrvd.predict(model, guide, batches, SAMPLES).probs
+        drawn = lrvd.predict(model, guide, task.test.in_order(), SAMPLES).probs
         yield f"{name}, {SAMPLES} samples", drawn, ranks
         with model.space.bind(keep.float()):
             pruned = logits(net, task.test).softmax(-1)
@@ -235,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
             start = time.perf_counter()
             for row, probs, extra in METHODS[method](task):
                 seconds = time.perf_counter() - start
-                line = scores(probs, task.test.labels) | extra
+                line: dict[str, Any] = scores(probs, task.test.labels) | extra
                 line |= {"row": row, "seed": seed, "seconds": round(seconds, 1)}
                 line |= {"torch": torch.__version__, "lrvd_pyro": lrvd.__version__}
                 with open(options.out, "a", encoding="utf-8") as file:
