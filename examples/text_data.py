@@ -29,6 +29,10 @@ class Text:
         """The chosen rows."""
         return Text([self.texts[i] for i in indices], [self.labels[i] for i in indices])
 
+    def by_length(self) -> "Text":
+        """Shortest first, so that batches in order need little padding."""
+        return self.take(sorted(range(len(self)), key=lambda i: len(self.texts[i])))
+
 
 def read_tsv(path: str | Path) -> Text:
     """A file with a header, columns ``text`` and ``label``, tabs, and no quoting."""

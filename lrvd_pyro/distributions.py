@@ -29,7 +29,7 @@ class LogUniform(TorchDistribution):
     with it as a prior, see Hron, Matthews and Ghahramani (2018, arXiv 1807.01969).
 
     >>> LogUniform().expand([3]).to_event(1).log_prob(torch.ones(3))
-    tensor(-6.1623)
+    tensor(-6.1624)
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}

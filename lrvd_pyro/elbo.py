@@ -43,8 +43,10 @@ class RankELBO(TraceMeanField_ELBO):
 
     Args:
         kl_weight: A number, or a function of the optimisation step, counted from 0.
-        noise: "example" draws the latents once per example of the batch, unbiased and
-            as a rule of lower variance; "batch" draws them once.
+        noise: "example" draws the latents once per example of the batch, "batch" once.
+            Both are unbiased. In a regression with batches of 8 out of 96, the variance
+            of d loss / d log alpha per example over that per batch was 0.9 to 1.1 at
+            log alpha -6 to -4, 0.8 to 0.9 at -2, 0.7 to 1.0 at 0, 0.3 to 0.5 beyond.
         num_particles: Independent draws to average over.
 
     Attributes:
