@@ -373,12 +373,12 @@ def test_one_gate_per_example_has_less_variance_at_large_noise() -> None:
             guide = RankDiagonal(model, init_log_alpha=log_alpha)
             elbo = lrvd.RankELBO(noise=noise)  # type: ignore[arg-type]
             gradients = []
-            for _ in range(250):
+            for _ in range(400):
                 rows = torch.randperm(96)[:8]
                 loss = elbo.differentiable_loss(model, guide, x=x[rows], labels=y[rows])
                 gradients += torch.autograd.grad(loss, [guide.log_variance])
-            variance[noise] = torch.stack(gradients).var(0).sum()
-        ratio[log_alpha] = float(variance["example"] / variance["batch"])
+            variance[noise] = torch.stack(gradients).var(0)
+        ratio[log_alpha] = float((variance["example"] / variance["batch"]).median())
     assert ratio[-4.0] < 1.5 and ratio[0.0] < 1.3, ratio
     assert ratio[2.0] < 0.75 and ratio[4.0] < 0.75, ratio
 
