@@ -62,28 +62,27 @@ class RankDiagonal(UniqueModule):
                 "weights, which train already; use RankDiagonal(model)"
             )
         self.space = model.space
-        self.bounds = (-20.0, 2.0) if self.space.sides else (-10.0, 8.0)
+        self.site, self.bounds = "gate", (-10.0, 8.0)
+        if self.space.sides:
+            self.site, self.bounds = "factor", (-20.0, 2.0)
+        self.register_buffer("owner", self._owners(), persistent=False)
         start = init_log_alpha + self._log_signal().detach()
         self.log_variance = nn.Parameter(start)
         self.loc = nn.Parameter(torch.ones_like(start)) if learn_mean else None
 
     def forward(self, *args: Any, **batch: Any) -> Tensor:
-        """Draw ``gate`` (R) or ``factor`` (K); the batch is not looked at."""
+        """Draw the site ``gate`` (R) or ``factor`` (K), whatever the batch."""
         scale = torch.exp(0.5 * _walled(self.log_variance, *self.bounds))
-        if self.space.sides:
-            widths = [self.space.widths(side) for side in self.space.sides]
-            scale = torch.cat(
-                [scale.repeat_interleave(w.to(scale.device)) for w in widths]
-            )
-        site = "factor" if self.space.sides else "gate"
-        value: Tensor = pyro.sample(
-            site, dist.Normal(self._means(), scale, validate_args=False).to_event(1)
-        )
+        if self.owner is not None:
+            scale = scale[self.owner]
+        loc = self._means().to(scale.dtype)
+        noise = dist.Normal(loc, scale, validate_args=False).to_event(1)
+        value: Tensor = pyro.sample(self.site, noise)
         return value
 
     def mean(self) -> dict[str, Tensor]:
         """The posterior mean of each latent site."""
-        return {"factor" if self.space.sides else "gate": self._means()}
+        return {self.site: self._means()}
 
     @property
     def log_alpha(self) -> Tensor:
@@ -104,8 +103,8 @@ class RankDiagonal(UniqueModule):
 
     def _means(self) -> Tensor:
         if self.space.sides:
-            flat = torch.cat([self.space.flatten(side) for side in self.space.sides])
-            return flat.to(self.log_variance.dtype)
+            sides = [self.space.flatten(side) for side in self.space.sides]
+            return torch.cat(sides)
         if self.loc is None:
             return torch.ones_like(self.log_variance)
         return self.loc
@@ -117,15 +116,18 @@ class RankDiagonal(UniqueModule):
             one = torch.ones(self.space.size, device=self.space.device)
             return 2 * (one if loc is None else loc.abs()).log()
         squares = torch.zeros(self.space.size, device=self.space.device)
-        elements = squares.clone()
-        for side in self.space.sides:
-            widths = self.space.widths(side).to(squares.device)
-            owner = torch.arange(self.space.size, device=squares.device)
-            owner = owner.repeat_interleave(widths)
-            flat = self.space.flatten(side).detach().to(squares.dtype)
-            squares = squares.index_add(0, owner, flat.square())
-            elements = elements + widths
-        return (squares / elements).log()
+        elements = self._means().detach().to(squares.dtype)
+        squares = squares.index_add(0, self.owner, elements.square())
+        log: Tensor = (squares / self.owner.bincount()).log()
+        return log
+
+    def _owners(self) -> Tensor | None:
+        """For each element of the drawn weights its rank component, (K,)."""
+        if not self.space.sides:
+            return None
+        each = torch.arange(self.space.size)
+        sides = [each.repeat_interleave(self.space.widths(s)) for s in self.space.sides]
+        return torch.cat(sides).to(self.space.device)
 
 
 class _Walled(torch.autograd.Function):

@@ -8,10 +8,14 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import Distribution, Independent, kl_divergence
+
+from lrvd_pyro.distributions import LogUniform
 
 Site = Any
 Unexpanded = Mapping[str, Distribution]
+
+GAUSSIAN = {"Normal", "MultivariateNormal", "LowRankMultivariateNormal"}
 
 
 def latent_sites(trace: Trace) -> dict[str, Site]:
@@ -56,10 +60,12 @@ def divergence(
 
     Raises:
         ValueError: If guide and model do not have the same latent sites, a guide site
-            is not reparameterised, or the two scale a site differently.
+            is not reparameterised, the two scale a site differently, or a site with
+            the log-uniform prior is not drawn from a Gaussian.
     """
     model_sites, guide_sites = latent_sites(model_trace), latent_sites(guide_trace)
     auxiliary = _match(model_sites, guide_sites)
+    _refuse_unbounded(model_sites, guide_sites, auxiliary)
     kl: dict[str, Tensor] = {}
     estimated: list[str] = []
     for name, guide_site in guide_sites.items():
@@ -109,8 +115,8 @@ def _match(model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> set[st
     for name, site in guide_sites.items():
         if not site["fn"].has_rsample:
             raise ValueError(
-                f"guide site {name!r} draws from {type(site['fn']).__name__}, which is "
-                f"not reparameterised; use a relaxation, or pyro.infer.Trace_ELBO"
+                f"guide site {name!r} draws from {family(site['fn'])}, which is not "
+                f"reparameterised; use a relaxation, or pyro.infer.Trace_ELBO"
             )
         if name not in auxiliary and _differ(site, model_sites[name]):
             raise ValueError(
@@ -119,6 +125,28 @@ def _match(model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> set[st
                 f"RankELBO(kl_weight=...)"
             )
     return auxiliary
+
+
+def _refuse_unbounded(
+    model_sites: dict[str, Site], guide_sites: dict[str, Site], auxiliary: set[str]
+) -> None:
+    """KL(q || 1/|z|) falls without bound for a point mass, or a positive q near 0."""
+    for name, site in model_sites.items():
+        if family(site["fn"]) != LogUniform.__name__:
+            continue
+        drawn = auxiliary if auxiliary else {name}
+        others = {family(guide_sites[n]["fn"]) for n in drawn} - GAUSSIAN
+        if others:
+            raise ValueError(
+                f"site {name!r} has a log-uniform prior, under which the KL of "
+                f"{sorted(others)} has no minimum; use a Gaussian guide, "
+                f"RankDiagonal(model), or a proper prior"
+            )
+
+
+def family(fn: Any) -> str:
+    """The name of a distribution's class, whatever its event dimensions."""
+    return family(fn.base_dist) if isinstance(fn, Independent) else type(fn).__name__
 
 
 def _differ(one: Site, other: Site) -> bool:

@@ -13,7 +13,7 @@ from pyro.infer.util import zero_grads
 from pyro.poutine import Trace
 from torch import Tensor
 
-from lrvd_pyro.divergence import divergence, scaled_log_prob
+from lrvd_pyro.divergence import divergence, family, scaled_log_prob
 from lrvd_pyro.noise import PerExample, batch_size
 
 Terms = dict[str, Any]
@@ -189,12 +189,8 @@ class RankELBO(TraceMeanField_ELBO):
     def _warn_of_estimates(self, names: list[str], model: Trace, guide: Trace) -> None:
         for name in set(names) - self._warned:
             self._warned.add(name)
-            q = type(_base(guide.nodes[name]["fn"])).__name__
-            p = (
-                type(_base(model.nodes[name]["fn"])).__name__
-                if name in model
-                else "..."
-            )
+            q = family(guide.nodes[name]["fn"])
+            p = family(model.nodes[name]["fn"]) if name in model else "..."
             warnings.warn(
                 f"no closed form of KL({q} || {p}) at site {name!r}: it is estimated "
                 f"by Monte Carlo",
@@ -263,7 +259,3 @@ def _leaves(result: Tensor) -> set[Tensor]:
 def _add_mean(totals: dict[str, Tensor], terms: dict[str, Tensor], count: int) -> None:
     for name, term in terms.items():
         totals[name] = totals.get(name, 0.0) + term.detach() / count
-
-
-def _base(fn: Any) -> Any:
-    return _base(fn.base_dist) if hasattr(fn, "base_dist") else fn

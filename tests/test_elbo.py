@@ -14,8 +14,11 @@ from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
+    AutoIAFNormal,
+    AutoLowRankMultivariateNormal,
     AutoMultivariateNormal,
     AutoNormal,
+    init_to_value,
 )
 from torch import Tensor, nn
 from torch.distributions import constraints
@@ -339,11 +342,36 @@ def test_local_parameters_of_pyro_work_with_a_torch_optimiser() -> None:
         assert len(list(pyro.get_param_store().keys())) == 0
 
 
+@pytest.mark.parametrize("auto", [AutoDelta, AutoIAFNormal])
+def test_guides_without_a_minimum_under_the_log_uniform_are_refused(auto: Any) -> None:
+    model = GateLoRA(bert(), num_data=60)
+    guide = auto(model)
+    with pytest.raises(
+        ValueError, match=r"log-uniform prior, .*\['\w+'\] has no minimum"
+    ):
+        lrvd.RankELBO().loss(model, guide, **tokens())
+
+
+@pytest.mark.filterwarnings("ignore:no closed form")
+@pytest.mark.parametrize(
+    "auto", [AutoNormal, AutoMultivariateNormal, AutoLowRankMultivariateNormal]
+)
+def test_gaussian_autoguides_train_under_the_log_uniform(auto: Any) -> None:
+    model = GateLoRA(bert(), num_data=60)
+    start = init_to_value(values={"gate": torch.ones(model.space.size)})
+    guide = auto(model, init_loc_fn=start)
+    svi = SVI(model, guide, lrvd.optim.AdamW(), loss=lrvd.RankELBO())
+    before = [p.clone() for p in model.parameters() if p.requires_grad]
+    svi.step(**tokens())
+    after = [p for p in model.parameters() if p.requires_grad]
+    assert not any(torch.equal(a, b) for a, b in zip(before, after))
+
+
 def test_guide_that_is_not_reparameterised_is_refused() -> None:
     def guide(x: Tensor, labels: Tensor | None = None) -> None:
         pyro.sample("gate", dist.Poisson(torch.ones(R)).to_event(1))
 
-    with pytest.raises(ValueError, match="Poisson|Independent.*not reparameterised"):
+    with pytest.raises(ValueError, match="draws from Poisson, which is not reparam"):
         lrvd.RankELBO().loss(flat_model, guide, x=FEATURES, labels=LABELS)
 
 
