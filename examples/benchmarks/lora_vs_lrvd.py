@@ -40,7 +40,7 @@ from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 
 TRAIN, DEV, EPOCHS, BATCH, LR, R, SAMPLES = 1500, 500, 10, 32, 1e-3, 8, 8
-COLD = 0.05  # KL weight of the tempered FactorLoRA
+COLD, COLD_RATE = 0.2, 0.1  # KL weight, and rate of log variances, of FactorLoRA
 KEEP = 3.0  # ranks with log alpha below it are kept
 RESULTS = Path(__file__).parent / "results" / "lora_vs_lrvd.jsonl"
 Rows = Iterator[tuple[str, Tensor, dict[str, float]]]
@@ -163,14 +163,18 @@ def mc_dropout(task: Task) -> Rows:
     yield f"MC dropout 0.1, {SAMPLES} samples", torch.stack(draws).mean(0), {}
 
 
-def bayesian(family: Any, kl_weight: float, name: str) -> Callable[[Task], Rows]:
+def bayesian(
+    family: Any, kl_weight: float, name: str, variational_lr: float = 0.05
+) -> Callable[[Task], Rows]:
     """A model of this library under RankDiagonal."""
 
     def run(task: Task) -> Rows:
         net = task.net()
         model = family(net, num_data=TRAIN)
         guide = RankDiagonal(model)
-        optim = lrvd.optim.AdamW(lr=LR, schedule=task.decay)
+        optim = lrvd.optim.AdamW(
+            lr=LR, variational_lr=variational_lr, schedule=task.decay
+        )
         svi = SVI(model, guide, optim, loss=lrvd.RankELBO(kl_weight=kl_weight))
         for batches in task.epochs(net):
             for batch in batches:
@@ -194,8 +198,8 @@ METHODS: dict[str, Callable[[Task], Rows]] = {
     "lora": lora,
     "mc_dropout": mc_dropout,
     "gate": bayesian(GateLoRA, 1.0, "GateLoRA, KL weight 1"),
-    "factor": bayesian(FactorLoRA, COLD, f"FactorLoRA, KL weight {COLD:g}"),
-    "factor_true": bayesian(FactorLoRA, 1.0, "FactorLoRA, KL weight 1"),
+    "factor": bayesian(FactorLoRA, COLD, f"FactorLoRA, KL weight {COLD:g}", COLD_RATE),
+    "factor_true": bayesian(FactorLoRA, 1.0, "FactorLoRA, KL weight 1", COLD_RATE),
 }
 
 
