@@ -9,7 +9,7 @@ from pyro.distributions import constraints
 from torch import Tensor, nn
 
 from lrvd_pyro.models import FactorLoRA, GateLoRA
-from lrvd_pyro.naming import UniqueModule
+from lrvd_pyro.naming import UniqueModule, check_registered
 from lrvd_pyro.priors import latent_sites
 
 
@@ -72,6 +72,8 @@ class RankDiagonal(UniqueModule):
 
     def forward(self, *args: Any, **batch: Any) -> Tensor:
         """Draw the site ``gate`` (R) or ``factor`` (K), whatever the batch."""
+        for name, parameter in self.named_parameters():
+            check_registered(f"{self._pyro_name}.{name}", parameter)
         scale = torch.exp(0.5 * _walled(self.log_variance, *self.bounds))
         if self.owner is not None:
             scale = scale[self.owner]

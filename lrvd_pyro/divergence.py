@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
@@ -118,13 +119,32 @@ def _match(model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> set[st
                 f"guide site {name!r} draws from {family(site['fn'])}, which is not "
                 f"reparameterised; use a relaxation, or pyro.infer.Trace_ELBO"
             )
-        if name not in auxiliary and _differ(site, model_sites[name]):
-            raise ValueError(
-                f"site {name!r} is scaled by {site['scale']} in the guide and "
-                f"{model_sites[name]['scale']} in the model; wrap both, or temper with "
-                f"RankELBO(kl_weight=...)"
-            )
+        if name not in auxiliary:
+            _match_pair(name, model_sites[name], site)
     return auxiliary
+
+
+def _match_pair(name: str, model_site: Site, guide_site: Site) -> None:
+    p, q = model_site["fn"], guide_site["fn"]
+    if p.event_dim != q.event_dim:
+        raise ValueError(
+            f"site {name!r} has {q.event_dim} event dimensions in the guide and "
+            f"{p.event_dim} in the model; write .to_event({p.event_dim}) in the guide"
+        )
+    for what in ("scale", "mask"):
+        ours, theirs = guide_site[what], model_site[what]
+        if ours is not theirs and not _equal(ours, theirs):
+            raise ValueError(
+                f"site {name!r} has {what} {ours} in the guide and {theirs} in the "
+                f"model; wrap both, or temper with RankELBO(kl_weight=...)"
+            )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if one is None or other is None:
+        return False
+    one, other = torch.as_tensor(one), torch.as_tensor(other)
+    return one.shape == other.shape and bool((one == other).all())
 
 
 def _refuse_unbounded(
@@ -147,8 +167,3 @@ def _refuse_unbounded(
 def family(fn: Any) -> str:
     """The name of a distribution's class, whatever its event dimensions."""
     return family(fn.base_dist) if isinstance(fn, Independent) else type(fn).__name__
-
-
-def _differ(one: Site, other: Site) -> bool:
-    scales = one["scale"], other["scale"]
-    return not any(isinstance(s, Tensor) for s in scales) and scales[0] != scales[1]

@@ -4,6 +4,8 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -22,10 +24,21 @@ Terms = dict[str, Any]
 def linear_warmup(steps: int) -> Callable[[int], float]:
     """A KL weight that rises linearly from 0 at step 0 to 1 at step ``steps``.
 
+    Raises:
+        ValueError: If ``steps`` is negative.
+
     >>> [linear_warmup(4)(step) for step in (0, 1, 4, 9)]
     [0.0, 0.25, 1.0, 1.0]
     """
-    return lambda step: min(1.0, step / max(1, steps))
+    if steps < 0:
+        raise ValueError(
+            f"steps={steps}; expected the length of the warm-up, 0 or more"
+        )
+    return partial(_rise, steps)
+
+
+def _rise(steps: int, step: int) -> float:
+    return 1.0 if step >= steps else step / steps
 
 
 class RankELBO(TraceMeanField_ELBO):
@@ -33,7 +46,7 @@ class RankELBO(TraceMeanField_ELBO):
 
     ``loss = -(N/B) sum_b E_q[log p(y_b | z)] + kl_weight * KL(q(z) || p(z))``, the KL
     in closed form wherever one is registered, otherwise estimated from the same draws,
-    which one warning says. ``kl_weight=1`` is the true ELBO.
+    which one warning says (Pyro's AutoGuides always). ``kl_weight=1`` is the true ELBO.
 
     Use it as any Pyro loss, ``SVI(model, guide, optim, loss=RankELBO())``, or with a
     torch optimiser on the module ``RankELBO()(model, guide)``.
@@ -59,8 +72,8 @@ class RankELBO(TraceMeanField_ELBO):
             that is weighted as the KL is.
 
     Raises:
-        ValueError: If ``noise`` is unknown, the sites of guide and model do not match,
-            or the loss is not finite (from `SVI.step`, or from `check`).
+        ValueError: If an option is none of these, the sites of guide and model do not
+            match, or the loss is not finite (from `SVI.step`, or from `check`).
         TypeError: If the batch holds no tensor.
     """
 
@@ -73,14 +86,28 @@ class RankELBO(TraceMeanField_ELBO):
     ) -> None:
         if noise not in ("example", "batch"):
             raise ValueError(f'noise={noise!r}; expected "example" or "batch"')
+        number = isinstance(kl_weight, Real) and kl_weight >= 0
+        if not number and not callable(kl_weight):
+            raise ValueError(
+                f"kl_weight={kl_weight!r}; expected a number, 0 or more (1 is the true "
+                f"ELBO), or a function of the step: linear_warmup(500)"
+            )
+        if num_particles < 1:
+            raise ValueError(f"num_particles={num_particles}; expected 1 or more")
         super().__init__(num_particles=num_particles)  # type: ignore[no-untyped-call]
         self.kl_weight = kl_weight
         self.noise = noise
         self.step = 0
         self.terms: Terms = {}
-        self._noise_checked = False
+        self._reach_checked = False
         self._warned: set[str] = set()
         self._set_up: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_set_up": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _set_up=weakref.WeakSet())
 
     def state_dict(self) -> dict[str, int]:
         """The step."""
@@ -100,7 +127,11 @@ class RankELBO(TraceMeanField_ELBO):
     def differentiable_loss(
         self, model: Any, guide: Any, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """An estimate of the loss with its graph; it does not wait for the device."""
+        """An estimate of the loss with its graph.
+
+        It does not wait for the device, once Pyro's validation is off
+        (``pyro.enable_validation(False)``): that reads the labels.
+        """
         particles = self._particles(model, guide, args, kwargs)
         return torch.stack([loss for loss, _ in particles]).sum()
 
@@ -118,45 +149,53 @@ class RankELBO(TraceMeanField_ELBO):
         value = float(torch.stack(losses).sum())
         if not math.isfinite(value):
             zero_grads(params)
-            self.check()
+            self._refuse_infinite("the parameters are as they were before this step. ")
         return value
 
     def check(self) -> None:
-        """Raise if a term of the last loss is not finite.
+        """Raise if a term of the last loss is not finite; call it before a torch step.
 
         Raises:
             ValueError: With the step and the term.
         """
+        self._refuse_infinite("")
+
+    def _refuse_infinite(self, note: str) -> None:
+        if not self.terms:
+            return
         kl = {f"kl[{name!r}]": value for name, value in self.terms["kl"].items()}
         for name, value in ({**self.terms} | kl).items():
             if name != "kl" and not bool(torch.isfinite(value)):
                 raise ValueError(
-                    f"{name} is {float(value)} at step {max(self.step - 1, 0)}; no "
-                    f"parameter was changed by it. Lower the learning rate, clip with "
-                    f"lrvd_pyro.optim.AdamW(clip_norm=...), or look at this batch"
+                    f"{name} is {float(value)} at step {max(self.step - 1, 0)}; {note}"
+                    f"Lower the learning rate, clip the gradients "
+                    f"(lrvd_pyro.optim.AdamW(clip_norm=...)), or look at this batch"
                 )
 
     def _particles(
         self, model: Any, guide: Any, args: Any, kwargs: Any
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """For each particle its share of the loss, and the parameters it read."""
-        weight = self.kl_weight
-        weight = weight(self.step) if callable(weight) else weight
+        given = self.kl_weight
+        weight = float(given(self.step) if callable(given) else given)
         terms: dict[str, Tensor] = {}
         divergences: dict[str, Tensor] = {}
         for _ in range(self.num_particles):
             model_trace, guide_trace, kl = self._run(model, guide, args, kwargs)
             observed = _observed(model_trace)
-            self._check_noise(observed.get("log_likelihood"), guide_trace)
             total = torch.stack(list(kl.values())).sum() if kl else torch.zeros(())
             _add_mean(terms, observed, self.num_particles)
             _add_mean(divergences, {"total": total} | kl, self.num_particles)
             prior = total - observed.get("weight_prior", 0.0)
             loss = weight * prior - observed.get("log_likelihood", 0.0)
+            if "log_likelihood" in observed and torch.is_grad_enabled():
+                self._check_reach(observed["log_likelihood"], guide_trace, "likelihood")
+                self._check_reach(loss, model_trace, "loss")
+                self._reach_checked = True
             yield loss / self.num_particles, _parameters(model_trace, guide_trace)
         self.terms = terms | {
             "kl": divergences,
-            "kl_weight": torch.tensor(float(weight)),
+            "kl_weight": torch.tensor(weight),
         }
         self.step += torch.is_grad_enabled()
 
@@ -197,21 +236,26 @@ class RankELBO(TraceMeanField_ELBO):
                 stacklevel=2,
             )
 
-    def _check_noise(self, log_likelihood: Tensor | None, guide_trace: Trace) -> None:
-        """On the first step, name the guide's parameters that the data cannot reach."""
-        if self._noise_checked or log_likelihood is None or not torch.is_grad_enabled():
+    def _check_reach(self, result: Tensor, trace: Trace, what: str) -> None:
+        """On the first step, name the parameters that ``result`` does not depend on."""
+        if self._reach_checked:
             return
-        self._noise_checked = True
-        reached = _leaves(log_likelihood)
+        reached = _leaves(result)
         deaf = [
             name
-            for name, parameter in _parameters(guide_trace).items()
+            for name, parameter in _parameters(trace).items()
             if parameter.requires_grad and parameter not in reached
         ]
-        if deaf:
+        if deaf and what == "likelihood":
             warnings.warn(
                 f"the likelihood has no gradient for the guide's parameters {deaf}: "
                 f"the noise is off, and the KL alone would train them",
+                stacklevel=2,
+            )
+        elif deaf:
+            warnings.warn(
+                f"the loss has no gradient for the model's parameters {deaf}: they "
+                f"stay as they are; was the guide built on this model?",
                 stacklevel=2,
             )
 
@@ -220,12 +264,13 @@ def _observed(trace: Trace) -> dict[str, Tensor]:
     """The log likelihood and the weight prior, where there is one."""
     terms: dict[str, Any] = {}
     nodes: dict[str, Any] = trace.nodes
-    for name, site in nodes.items():
+    for site in nodes.values():
         if site["type"] != "sample" or not site["is_observed"]:
             continue
         if site["infer"].get("_deterministic"):
             continue
-        entry = name if name == "weight_prior" else "log_likelihood"
+        is_prior = site["infer"].get("is_weight_prior")
+        entry = "weight_prior" if is_prior else "log_likelihood"
         terms[entry] = terms.get(entry, 0.0) + scaled_log_prob(site)
     return terms
 

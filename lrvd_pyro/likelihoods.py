@@ -17,12 +17,6 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 
 
-class Prediction(Protocol):
-    """What `lrvd_pyro.predict` returns: one row per datum."""
-
-    samples: Tensor | None
-
-
 class Likelihood(Protocol):
     """What a model asks of its likelihood."""
 
@@ -116,7 +110,9 @@ class Categorical:
         if low < 0 or high >= classes:
             raise ValueError(
                 f"labels lie in {low} .. {high} but the network has {classes} classes; "
-                f"expected 0 .. {classes - 1}: load it with num_labels={high + 1}"
+                f"expected 0 .. {classes - 1}: "
+                + ("leave out rows without a label" if low < 0 else "")
+                + (f"load it with num_labels={high + 1}" if high >= classes else "")
             )
 
     def summarise(self, predictions: Tensor) -> dict[str, Tensor]:
@@ -165,11 +161,14 @@ class Normal(PyroModule):
 
     Raises:
         TypeError: If labels are not floating point.
-        ValueError: If there is not one label per prediction.
+        ValueError: If ``scale`` is not positive, or there is not one label per
+            prediction.
     """
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
+        if not scale > 0:
+            raise ValueError(f"scale={scale}; expected a positive standard deviation")
         self.scale: Any = PyroParam(torch.tensor(scale), constraints.positive)
 
     def forward(

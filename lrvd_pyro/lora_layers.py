@@ -20,9 +20,11 @@ def pick_adapter(net: PeftModel, adapter: str | None) -> str:
         ValueError: If the adapter is unknown, or several are active.
     """
     if not isinstance(net, PeftModel):
+        compiled = isinstance(getattr(net, "_orig_mod", None), PeftModel)
         raise TypeError(
             f"net is a {type(net).__name__}; expected a PEFT model: "
-            f"get_peft_model(net, LoraConfig(r=8, target_modules=[...]))"
+            + ("make the model first, then net.compile()" if compiled else "")
+            + ("" if compiled else "get_peft_model(net, LoraConfig(r=8, ...))")
         )
     if adapter is None:
         active: list[str] = net.active_adapters

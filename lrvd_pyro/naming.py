@@ -5,6 +5,7 @@ from typing import Any
 
 import pyro
 from pyro.nn import PyroModule
+from torch import nn
 
 _numbers = itertools.count()
 
@@ -33,9 +34,27 @@ class UniqueModule(PyroModule):
         """Take this module's parameters out of Pyro's store; they keep their values.
 
         Pyro's store holds every parameter it has seen until told otherwise: call this
-        when an object in a sweep or a notebook is done with.
+        when an object in a sweep or a notebook is done with. (A model's hooks stay on
+        its network until ``model.space.close()``.)
         """
         store = pyro.get_param_store()
         for name in list(store.keys()):
             if name.startswith((f"{self._pyro_name}.", f"{self._pyro_name}$$$")):
                 del store[name]
+
+
+def check_registered(name: str, parameter: nn.Parameter) -> None:
+    """Raise if Pyro's store holds another tensor under a parameter's name.
+
+    SVI trains the tensor in the store; this one would stay as it is.
+
+    Raises:
+        RuntimeError: With the name and the way out.
+    """
+    store: Any = pyro.get_param_store()
+    if name in store and store[name].unconstrained() is not parameter:
+        raise RuntimeError(
+            f"Pyro's store holds another tensor under {name!r}, so that SVI would not "
+            f"train the present one (a parameter was replaced, or a store was loaded); "
+            f"call release() on the model or guide to go on with its own values"
+        )

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import Distribution
 
@@ -33,7 +34,7 @@ class PerExample(poutine.messenger.Messenger):
         self.unexpanded: dict[str, Distribution] = {}
 
     def __enter__(self) -> "PerExample":
-        self.unexpanded = {}
+        self.unexpanded.clear()
         return super().__enter__()
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -51,14 +52,22 @@ class PerExample(poutine.messenger.Messenger):
         msg["scale"] = msg["scale"] / self.size
 
 
+def drawn_per_example() -> bool:
+    """Whether a `PerExample` is at work around the running program."""
+    return any(isinstance(handler, PerExample) for handler in _PYRO_STACK)
+
+
 def batch_size(batch: dict[str, Any]) -> int:
     """The number of examples in a batch: that of its labels, else of its first tensor.
 
     Raises:
         TypeError: If the batch holds no tensor.
+        ValueError: If its first tensor is empty.
     """
     for value in (batch.get("labels"), *batch.values()):
         if isinstance(value, torch.Tensor) and value.dim() > 0:
+            if len(value) == 0:
+                raise ValueError("the batch has no examples; leave empty batches out")
             return len(value)
     raise TypeError(
         f"the batch {sorted(batch)} holds no tensor; pass the tokenizer's tensors as "

@@ -42,7 +42,22 @@ def parameter_groups(
 
     To accumulate gradients over k micro-batches, call
     ``(loss(**batch) / k).backward()`` for each before the one ``optim.step()``.
+    `RankELBO.check` before that step finds a loss that is not finite.
+
+    Raises:
+        TypeError: If ``guide`` is a function; its parameters are known to SVI alone.
+        ValueError: If ``guide`` is an AutoGuide that has no parameters yet.
     """
+    if not isinstance(guide, nn.Module):
+        raise TypeError(
+            f"guide is a {type(guide).__name__} without parameters of its own; use it "
+            f"with pyro.infer.SVI and lrvd_pyro.optim.AdamW"
+        )
+    if getattr(guide, "prototype_trace", ()) is None:
+        raise ValueError(
+            f"{type(guide).__name__} makes its parameters on its first call; call "
+            f"guide(**batch) once before parameter_groups(model, guide)"
+        )
     rates = (lr, lr if head_lr is None else head_lr, variational_lr)
     groups: dict[str, list[Tensor]] = {group: [] for group in GROUPS}
     for name, parameter in model.named_parameters():
@@ -87,7 +102,8 @@ class AdamW(PyroOptim):
         head_lr: Of the head; None takes ``lr``.
         variational_lr: Of guide, prior and likelihood.
         betas: As in torch.
-        weight_decay: Of adapter and head; never of variational parameters.
+        weight_decay: Of adapter and head, never of variational parameters; 0 goes with
+            a model's ``weight_prior``, which takes its place.
         schedule: From the number of steps taken to a factor of all learning rates.
         clip_norm: Largest norm of all gradients together, in nats per data set.
     """
@@ -134,9 +150,14 @@ class AdamW(PyroOptim):
         self.steps += 1
 
     def get_state(self) -> dict[str, Any]:
-        """Steps taken and the torch optimiser's state."""
-        optim = None if self.torch_optim is None else self.torch_optim.state_dict()
-        return {"steps": self.steps, "optim": optim}
+        """Steps taken, the torch optimiser's state, and the shapes it belongs to."""
+        if self._pending is not None:
+            return self._pending
+        if self.torch_optim is None:
+            return {"steps": self.steps, "optim": None, "shapes": []}
+        shapes = _shapes(self.torch_optim)
+        state = self.torch_optim.state_dict()
+        return {"steps": self.steps, "optim": state, "shapes": shapes}
 
     def set_state(self, state_dict: dict[str, Any]) -> None:
         """Restore what `get_state` gave, for the same model and guide.
@@ -145,10 +166,10 @@ class AdamW(PyroOptim):
         was taken yet.
 
         Raises:
-            ValueError: If the groups do not hold as many parameters as those saved.
+            ValueError: If the groups do not hold parameters of the saved shapes.
         """
         self.steps = state_dict["steps"]
-        self._pending = state_dict["optim"]
+        self._pending = None if state_dict["optim"] is None else state_dict
         if self.torch_optim is not None:
             self._restore(self.torch_optim)
 
@@ -176,14 +197,18 @@ class AdamW(PyroOptim):
         return self.torch_optim
 
     def _restore(self, optim: torch.optim.AdamW) -> None:
-        state, self._pending = self._pending, None
-        if state is None:
+        if self._pending is None:
             return
-        saved = [len(group["params"]) for group in state["param_groups"]]
-        found = [len(group["params"]) for group in optim.param_groups]
+        saved, found = self._pending["shapes"], _shapes(optim)
         if saved != found:
             raise ValueError(
-                f"the saved optimiser has {saved} parameters in {GROUPS} and this one "
-                f"{found}; restore it for the model and guide that it was saved from"
+                f"the saved optimiser has parameters of shapes {saved} in {GROUPS} and "
+                f"this one {found}; restore it for the model and guide that it was "
+                f"saved from"
             )
-        optim.load_state_dict(state)
+        optim.load_state_dict(self._pending["optim"])
+        self._pending = None
+
+
+def _shapes(optim: torch.optim.AdamW) -> list[list[list[int]]]:
+    return [[list(p.shape) for p in group["params"]] for group in optim.param_groups]

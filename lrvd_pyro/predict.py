@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from tqdm.auto import tqdm
 
 from lrvd_pyro.divergence import latent_sites
 from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.noise import batch_size
 
 Latents = dict[str, Tensor]
+Batch = dict[str, Any]
 Guide = Callable[..., Any]
 
 
@@ -45,7 +48,7 @@ def predict(
         batches: Dicts of tensors as the model takes them; labels are ignored.
         num_samples: The number of draws S.
         posterior_samples: Draws to use instead of the guide's, by site, the first axis
-            over S: from `pyro.infer.Predictive` or MCMC.
+            over S: from `pyro.infer.Predictive` or MCMC. S is theirs.
         return_samples: Keep each draw's prediction, ``S x n x ...``.
         seed: Of the draws.
         progress: Show a bar over the batches.
@@ -54,23 +57,27 @@ def predict(
         A `CategoricalPrediction` or `NormalPrediction`, as the likelihood has it.
 
     Raises:
-        ValueError: If there is no batch, ``num_samples`` is below 1, or the guide has
-            no parameters yet.
+        TypeError: If ``batches`` is one batch, or a batch holds no tensor.
+        ValueError: If there is no batch, ``num_samples`` is below 1, the guide has no
+            parameters yet, or the draws lack a latent site or differ in number.
     """
-    inputs = [{k: v for k, v in b.items() if k != "labels"} for b in batches]
-    if not inputs or num_samples < 1:
+    inputs = _without_labels(batches)
+    first = next(inputs, None)
+    if first is None or num_samples < 1:
         raise ValueError(
-            f"got {len(inputs)} batches and num_samples={num_samples}; expected at "
-            f"least one of each: predict(model, guide, [batch], num_samples=16)"
+            f"got {0 if first is None else 'some'} batches and "
+            f"num_samples={num_samples}; expected at least one of each: "
+            f"predict(model, guide, [batch], num_samples=16)"
         )
     fields: dict[str, list[Tensor]] = {}
     with _evaluating(model), torch.no_grad(), _seeded(seed):
         if posterior_samples is None:
-            draws = [draw_latents(model, guide, inputs[0]) for _ in range(num_samples)]
+            draws = [draw_latents(model, guide, first) for _ in range(num_samples)]
         else:
             draws = _unstack(posterior_samples)
         values = [_value(model, latents) for latents in draws]
-        for batch in tqdm(inputs, disable=not progress, desc="predict"):
+        rest = tqdm(chain([first], inputs), disable=not progress, desc="predict")
+        for batch in rest:
             outputs = torch.stack([_outputs(model, value, batch) for value in values])
             for name, field in model.likelihood.summarise(outputs).items():
                 if name != "samples" or return_samples:
@@ -132,9 +139,25 @@ def draw_latents(model: RankModel, guide: Guide | None, batch: Any) -> Latents:
     return {name: site["value"] for name, site in latent_sites(trace).items()}
 
 
+def _without_labels(batches: Iterable[Mapping[str, Any]]) -> Iterator[Batch]:
+    if isinstance(batches, Mapping):
+        raise TypeError("batches is one batch; expected several: predict(..., [batch])")
+    for batch in batches:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        batch_size(inputs)
+        yield inputs
+
+
 def _value(model: RankModel, latents: Mapping[str, Tensor]) -> Tensor:
-    with poutine.block(), poutine.condition(data=dict(latents)):
-        return model.draw().detach()
+    """What the model binds when its latent sites have the given values."""
+    with poutine.block(), poutine.trace() as run, poutine.condition(data=dict(latents)):
+        value = model.draw().detach()
+    if missing := latent_sites(run.trace):
+        raise ValueError(
+            f"no draws of the latent sites {sorted(missing)}, only of "
+            f"{sorted(latents)}; every latent site of the model needs a value"
+        )
+    return value
 
 
 def _outputs(model: RankModel, value: Tensor, batch: Mapping[str, Any]) -> Tensor:
@@ -144,11 +167,16 @@ def _outputs(model: RankModel, value: Tensor, batch: Mapping[str, Any]) -> Tenso
 
 def _unstack(samples: Mapping[str, Tensor]) -> list[Latents]:
     """One dict per draw; Pyro's singleton plate axes are dropped."""
-    count = len(next(iter(samples.values())))
-    return [
-        {k: v[s].reshape(v.shape[-1:]) for k, v in samples.items()}
-        for s in range(count)
-    ]
+    latents = {name: v for name, v in samples.items() if name != "_RETURN"}
+    shapes = {name: tuple(v.shape) for name, v in latents.items()}
+    plain = all(v.dim() > 1 and v[0].numel() == v.shape[-1] for v in latents.values())
+    if not plain or len({shape[0] for shape in shapes.values()}) != 1:
+        raise ValueError(
+            f"posterior_samples have shapes {shapes}; expected draws x size for every "
+            f"latent site, the same number of draws (MCMC: group_by_chain=False)"
+        )
+    count = len(next(iter(latents.values())))
+    return [{k: v[s].reshape(-1) for k, v in latents.items()} for s in range(count)]
 
 
 @contextmanager

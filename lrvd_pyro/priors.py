@@ -69,7 +69,7 @@ def latent_sites(prior: Prior, space: RankSpace) -> dict[str, Distribution]:
 
 
 def check_prior(prior: Prior, space: RankSpace) -> bool:
-    """Run a prior with a batch of 2 and of R and raise where it breaks the contract.
+    """Run a prior with batches of 2, R and R + 1; raise where it breaks the contract.
 
     Returns:
         Whether the prior itself puts a site named ``gate`` into the trace.
@@ -77,7 +77,7 @@ def check_prior(prior: Prior, space: RankSpace) -> bool:
     Raises:
         ValueError: With the contract and the offending site.
     """
-    for batch in (2, space.size):
+    for batch in (2, space.size, space.size + 1):
         with torch.random.fork_rng(), poutine.block(), poutine.trace() as run:
             with PerExample(batch):
                 try:
@@ -103,7 +103,23 @@ def check_prior(prior: Prior, space: RankSpace) -> bool:
                 f"the gate has shape {tuple(gate.shape)} on a batch of {batch}; "
                 f"expected {(batch, space.size)}"
             )
+        _check_rows(prior, space, gate, divergence.latent_sites(run.trace))
     return "gate" in run.trace.nodes
+
+
+def _check_rows(prior: Prior, space: RankSpace, gate: Tensor, sites: Any) -> None:
+    """Raise if an example's gate, or a density, depends on another example's draw."""
+    for row in (0, 1):
+        given = {name: site["value"][row] for name, site in sites.items()}
+        with poutine.block(), poutine.trace() as run, poutine.condition(data=given):
+            alone = prior(space)
+        same = torch.allclose(alone, gate[row], equal_nan=True)
+        for name, site in sites.items():
+            fn: Any = run.trace.nodes[name]["fn"]
+            density = site["fn"].log_prob(site["value"])[row]
+            same &= torch.allclose(fn.log_prob(given[name]), density, equal_nan=True)
+        if not same:
+            raise _breach("an example's gate depends on the draws of other examples")
 
 
 def _breach(problem: str) -> ValueError:

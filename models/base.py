@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from contextlib import AbstractContextManager
+from numbers import Integral
 from typing import Any, cast
 
 import pyro
@@ -10,8 +11,8 @@ from pyro.params.param_store import param_with_module_name
 from torch import Tensor
 
 from lrvd_pyro.likelihoods import Likelihood
-from lrvd_pyro.naming import UniqueModule
-from lrvd_pyro.noise import batch_size
+from lrvd_pyro.naming import UniqueModule, check_registered
+from lrvd_pyro.noise import batch_size, drawn_per_example
 from lrvd_pyro.rank_space import RankSpace
 
 
@@ -25,15 +26,8 @@ class RankModel(UniqueModule):
     into the forward pass.
     """
 
-    def __init__(
-        self, space: RankSpace, likelihood: Likelihood, num_data: int | None
-    ) -> None:
+    def __init__(self, space: RankSpace, likelihood: Likelihood, num_data: int) -> None:
         super().__init__()
-        if not isinstance(num_data, int) or isinstance(num_data, bool) or num_data < 1:
-            raise TypeError(
-                f"num_data={num_data!r}; expected the number of training examples, "
-                f"which weighs the likelihood against the prior: num_data=len(train)"
-            )
         self.net = space.net
         self.space = space
         self.likelihood = likelihood
@@ -48,9 +42,20 @@ class RankModel(UniqueModule):
         """Let the forward passes within the block use ``value``."""
 
     def forward(self, *, labels: Tensor | None = None, **inputs: Any) -> Tensor:
+        """Draw the adapter, run the network, observe (or draw) the labels."""
+        if labels is not None and not isinstance(labels, Tensor):
+            raise TypeError(
+                f"labels are a {type(labels).__name__}; expected a tensor with one "
+                f"entry per example: torch.as_tensor(labels)"
+            )
         batch_size({"labels": labels, **inputs})
         self._register_parameters()
         value = self.draw()
+        if value.dim() > 1 and not drawn_per_example():
+            raise ValueError(
+                f"the adapter was drawn with shape {tuple(value.shape)}, several draws "
+                f"at once; use Predictive(parallel=False) or lrvd_pyro.predict"
+            )
         with self.bind(value):
             predictions = self.predictions(**inputs)
         self.likelihood(predictions, labels, self.num_data)
@@ -76,3 +81,19 @@ class RankModel(UniqueModule):
             if parameter.requires_grad:
                 path = param_with_module_name(f"{self._pyro_name}.net", name)
                 pyro.param(path, parameter)
+                check_registered(path, parameter)
+
+
+def check_num_data(num_data: int | None) -> int:
+    """The number of training examples.
+
+    Raises:
+        TypeError: If it is no positive integer.
+    """
+    whole = isinstance(num_data, Integral) and not isinstance(num_data, bool)
+    if not whole or int(num_data or 0) < 1:
+        raise TypeError(
+            f"num_data={num_data!r}; expected the number of training examples, "
+            f"which weighs the likelihood against the prior: num_data=len(train)"
+        )
+    return int(num_data or 0)

@@ -7,7 +7,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from lrvd_pyro.likelihoods import Categorical, Likelihood
-from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.models.base import RankModel, check_num_data
 from lrvd_pyro.priors import LogUniform
 from lrvd_pyro.rank_space import RankSpace, Side
 
@@ -66,8 +66,9 @@ class FactorLoRA(RankModel):
             raise ValueError(
                 f"sides={sides!r}; expected ('lora_A',) or ('lora_A', 'lora_B')"
             )
+        size = check_num_data(num_data)
         space = RankSpace(net, adapter, sides=sides)
-        super().__init__(space, likelihood or Categorical(), num_data)
+        super().__init__(space, likelihood or Categorical(), size)
         self.prior = prior or LogUniform()
 
     def draw(self) -> Tensor:

@@ -1,14 +1,16 @@
 """Low-rank variational dropout: one gate per rank component."""
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 import pyro
 import torch
 from peft import PeftModel
+from pyro import distributions as dist
 from torch import Tensor
 
 from lrvd_pyro.likelihoods import Categorical, Likelihood
-from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.models.base import RankModel, check_num_data
 from lrvd_pyro.priors import LogUniform, Prior, check_prior
 from lrvd_pyro.rank_space import RankSpace
 
@@ -58,7 +60,8 @@ class GateLoRA(RankModel):
         weight_prior: torch.distributions.Distribution | None = None,
         adapter: str | None = None,
     ) -> None:
-        super().__init__(RankSpace(net, adapter), likelihood or Categorical(), num_data)
+        size = check_num_data(num_data)
+        super().__init__(RankSpace(net, adapter), likelihood or Categorical(), size)
         self.prior = prior or LogUniform()
         self.weight_prior = weight_prior
         self._prior_names_gate: bool | None = None
@@ -73,7 +76,10 @@ class GateLoRA(RankModel):
         if self.weight_prior is not None:
             weights = self.space.weights("lora_A") + self.space.weights("lora_B")
             log_probs = [self.weight_prior.log_prob(w).sum() for w in weights]
-            pyro.factor("weight_prior", torch.stack(log_probs).sum(), has_rsample=False)
+            penalty = dist.Unit(torch.stack(log_probs).sum())
+            nothing = gate.new_empty(0)
+            mark: Any = {"is_weight_prior": True}
+            pyro.sample("weight_prior", penalty, obs=nothing, infer=mark)
         return gate
 
     def bind(self, value: Tensor) -> AbstractContextManager[None]:

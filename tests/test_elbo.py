@@ -1,6 +1,7 @@
 """RankELBO against programs whose evidence or ELBO is known in closed form."""
 
 import math
+import pickle
 import warnings
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch.distributions import constraints
 
 import lrvd_pyro as lrvd
 from lrvd_pyro.guides import RankDiagonal
-from lrvd_pyro.models import GateLoRA
+from lrvd_pyro.models import FactorLoRA, GateLoRA
 from lrvd_pyro.noise import PerExample
 
 N, B, R = 12, 6, 6  # B == R: the case in which wrong broadcasting is silent
@@ -291,7 +292,9 @@ def test_nan_is_named_with_step_and_term_and_nothing_is_lost() -> None:
     before = [p.clone() for p in model.parameters()]
     bad = {**batch, "inputs_embeds": torch.full((6, 5, 16), math.nan)}
     del bad["input_ids"]
-    with pytest.raises(ValueError, match=r"log_likelihood is nan at step 1; no param"):
+    with pytest.raises(
+        ValueError, match=r"log_likelihood is nan at step 1; the parameters are"
+    ):
         svi.step(**bad)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     svi.step(**batch)
@@ -378,9 +381,96 @@ def test_guide_that_is_not_reparameterised_is_refused() -> None:
 def test_scale_in_the_model_alone_is_refused() -> None:
     scaled = poutine.scale(flat_model, scale=10.0)
     with pytest.raises(
-        ValueError, match="scaled by .* in the guide and .* in the model"
+        ValueError, match="scale 0.08.* in the guide and 0.8.* in the model"
     ):
         lrvd.RankELBO().loss(scaled, flat_guide, x=FEATURES, labels=LABELS)
+
+
+@pytest.mark.parametrize("wrap", ["tensor", "mask"])
+def test_a_tensor_scale_or_a_mask_in_the_model_alone_is_refused(wrap: str) -> None:
+    scaled: Any = poutine.scale(flat_model, scale=torch.tensor(10.0))
+    masked: Any = poutine.mask(flat_model, mask=False)
+    model = scaled if wrap == "tensor" else masked
+    with pytest.raises(ValueError, match="in the guide and .* in the model; wrap both"):
+        lrvd.RankELBO().loss(model, flat_guide, x=FEATURES, labels=LABELS)
+
+
+def test_a_guide_without_its_event_dimension_is_refused() -> None:
+    def guide(x: Tensor, labels: Tensor | None = None) -> None:
+        pyro.sample("gate", dist.Normal(torch.ones(R), 1.0))
+
+    with pytest.raises(ValueError, match=r"0 event dimensions .*write .to_event\(1\)"):
+        lrvd.RankELBO().loss(flat_model, guide, x=FEATURES[:R], labels=LABELS[:R])
+
+
+def test_a_guide_of_another_network_is_told_apart() -> None:
+    model = FactorLoRA(bert(), num_data=60)
+    guide = RankDiagonal(FactorLoRA(bert(), num_data=60))
+    elbo = lrvd.RankELBO()
+    with pytest.warns(
+        UserWarning, match="model's parameters .*lora_A.* stay as they are"
+    ):
+        elbo.differentiable_loss(model, guide, **tokens())
+
+
+def test_options_out_of_range_are_refused() -> None:
+    for weight in ("0.5", None, -1.0):
+        with pytest.raises(
+            ValueError, match="kl_weight=.*; expected a number, 0 or more"
+        ):
+            lrvd.RankELBO(kl_weight=weight)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="num_particles=0; expected 1 or more"):
+        lrvd.RankELBO(num_particles=0)
+    with pytest.raises(ValueError, match="steps=-1; expected the length"):
+        lrvd.linear_warmup(-1)
+    assert lrvd.linear_warmup(0)(0) == 1.0
+
+
+def test_a_used_elbo_pickles_and_goes_on() -> None:
+    elbo = lrvd.RankELBO(kl_weight=lrvd.linear_warmup(2))
+    elbo.differentiable_loss(flat_model, flat_guide, x=FEATURES, labels=LABELS)
+    copied = pickle.loads(pickle.dumps(elbo))
+    copied.differentiable_loss(flat_model, flat_guide, x=FEATURES, labels=LABELS)
+    assert (elbo.step, copied.step) == (1, 2) and copied.terms["kl_weight"] == 0.5
+
+
+def test_setting_up_a_guide_moves_no_random_state() -> None:
+    first, second = lrvd.RankELBO(), lrvd.RankELBO()
+    batch = {"x": FEATURES, "labels": LABELS}
+    second.loss(flat_model, flat_guide, **batch)  # sets the guide up
+    losses = []
+    for elbo in (first, second):
+        torch.manual_seed(0)
+        losses.append(elbo.loss(flat_model, flat_guide, **batch))
+    assert losses[0] == losses[1]
+
+
+class Recorded(dist.Normal):
+    """A Normal that notes the batch shapes whose KL is asked for."""
+
+    asked: list[torch.Size] = []
+
+
+@torch.distributions.register_kl(Recorded, dist.Normal)
+def recorded_kl(q: Recorded, p: dist.Normal) -> Tensor:
+    Recorded.asked.append(q.batch_shape)
+    plain = dist.Normal(q.loc, q.scale)
+    return torch.distributions.kl_divergence(plain, p)
+
+
+def test_kl_is_computed_once_for_a_batch_that_shares_its_parameters() -> None:
+    def guide(x: Tensor, labels: Tensor | None = None) -> None:
+        pyro.sample("gate", Recorded(torch.ones(R), 0.5).to_event(1))
+
+    Recorded.asked.clear()
+    lrvd.RankELBO().loss(flat_model, guide, x=FEATURES, labels=LABELS)
+    assert Recorded.asked == [torch.Size([R])]
+
+
+def test_the_data_plate_draws_no_subsample() -> None:
+    before = torch.get_rng_state()
+    lrvd.likelihoods.Categorical()(torch.zeros(6, 3), torch.zeros(6).long(), 60)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_batch_without_tensors_is_refused() -> None:

@@ -10,7 +10,7 @@ import torch
 from nets import bert, lora, regression, tokens
 from pyro import distributions as dist
 from pyro import poutine
-from pyro.infer import SVI
+from pyro.infer import SVI, Predictive
 from torch import Tensor
 
 import lrvd_pyro as lrvd
@@ -366,6 +366,85 @@ def test_a_breach_of_the_priors_contract_shows_the_contract(
     assert "one event dimension: .to_event(1)" in str(error.value)
 
 
+def normalised(space: Any) -> Tensor:
+    z = pyro.sample("z", dist.Normal(torch.ones(space.size), 1.0).to_event(1))
+    return z / z.norm()
+
+
+def indexed_at_equal_sizes(space: Any) -> Tensor:
+    s = pyro.sample("s", dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
+    z = pyro.sample("z", dist.Normal(torch.ones(space.size), 1.0).to_event(1))
+    return z * s[torch.tensor([0, 1])]
+
+
+@pytest.mark.parametrize(("prior", "r"), [(normalised, 3), (indexed_at_equal_sizes, 2)])
+def test_a_prior_that_mixes_examples_is_found_out(prior: Any, r: int) -> None:
+    model = GateLoRA(regression(r=r), prior=prior, num_data=9, likelihood=Normal())
+    with pytest.raises(
+        ValueError, match="draws of other examples|fails on a batch of 3"
+    ):
+        model(x=torch.randn(4, 5))
+
+
+def test_several_draws_at_once_are_refused_outside_the_elbo() -> None:
+    model = GateLoRA(bert(), num_data=60)
+    guide = RankDiagonal(model)
+    predictive = Predictive(model, guide=guide, num_samples=6, parallel=True)
+    with pytest.raises(ValueError, match=r"several draws at once; use Predictive\(par"):
+        predictive(**tokens(labels=False))
+
+
+@pytest.mark.parametrize("owner", ["model", "guide"])
+def test_a_replaced_parameter_is_an_error_and_release_mends_it(owner: str) -> None:
+    model = GateLoRA(bert(), num_data=60)
+    guide = RankDiagonal(model)
+    svi = svi_for(model, guide)
+    svi.step(**tokens())
+    if owner == "model":
+        lora_B = model.space.layers[0].lora_B["default"]
+        lora_B.weight = torch.nn.Parameter(lora_B.weight.detach().clone())
+    else:
+        guide.__dict__["_parameters"]["log_variance"] = torch.nn.Parameter(
+            torch.zeros(16)
+        )
+    with pytest.raises(RuntimeError, match=r"holds another tensor .* call release\(\)"):
+        svi.step(**tokens())
+    (model if owner == "model" else guide).release()
+    svi_for(model, guide).step(**tokens())
+
+
+def test_a_refused_model_leaves_no_hook() -> None:
+    net = bert()
+    with pytest.raises(TypeError, match="num_data"):
+        GateLoRA(net)
+    assert not any(m._forward_pre_hooks for m in net.modules())
+
+
+def test_labels_must_be_a_tensor_and_the_batch_not_empty() -> None:
+    model = GateLoRA(bert(), num_data=60)
+    with pytest.raises(TypeError, match=r"labels are a list; .*torch.as_tensor"):
+        model(**tokens(labels=False), labels=[0] * 6)
+    with pytest.raises(ValueError, match="the batch has no examples"):
+        model(**tokens(0))
+
+
+def test_noise_of_a_regression_starts_positive() -> None:
+    with pytest.raises(ValueError, match="scale=-1.0; expected a positive"):
+        Normal(-1.0)
+
+
+def test_a_site_called_weight_prior_is_no_weight_prior() -> None:
+    def guide(**batch: Any) -> None:
+        pass
+
+    def model(x: Tensor) -> None:
+        pyro.sample("weight_prior", dist.Normal(0.0, 1.0), obs=x.sum())
+
+    elbo = lrvd.RankELBO()
+    elbo.loss(model, guide, x=torch.zeros(2))
+    assert "weight_prior" not in elbo.terms and "log_likelihood" in elbo.terms
+
+
 @pytest.mark.parametrize("family", BOTH)
 @pytest.mark.parametrize("num_data", [None, 0, 12.0, True])
 def test_num_data_must_be_given(family: Any, num_data: Any) -> None:
@@ -386,7 +465,11 @@ def test_a_batch_larger_than_the_data_is_refused() -> None:
     ("labels", "error", "match"),
     [
         (torch.tensor([0, 1, 2, 3, 0, 0]), ValueError, r"0 .. 3 but .* 3 classes"),
-        (torch.tensor([0, -1, 2, 0, 0, 0]), ValueError, r"labels lie in -1 .. 2"),
+        (
+            torch.tensor([0, -1, 2, 0, 0, 0]),
+            ValueError,
+            r"labels lie in -1 .. 2.*leave out rows",
+        ),
         (torch.zeros(6), TypeError, r"dtype torch.float.*expected integers"),
         (
             torch.zeros(6, 3, dtype=torch.long),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from nets import bert, tokens
 from pyro.infer import SVI
+from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 import lrvd_pyro as lrvd
@@ -90,10 +91,41 @@ def test_state_of_another_model_is_refused() -> None:
     other = lrvd.optim.AdamW()
     other.set_state(optim.get_state())
     svi = SVI(wider, RankDiagonal(wider), other, loss=lrvd.RankELBO())
-    with pytest.raises(
-        ValueError, match=r"\[8, 2, 1\] parameters .* this one \[12, 2, 1\]"
-    ):
+    with pytest.raises(ValueError, match=r"saved optimiser has parameters of shapes"):
         svi.step(**tokens())
+
+
+def test_state_of_another_rank_is_refused() -> None:
+    model, guide = pair()
+    optim = lrvd.optim.AdamW()
+    SVI(model, guide, optim, loss=lrvd.RankELBO()).step(**tokens())
+    wider = GateLoRA(bert(r=8), num_data=60)
+    other = lrvd.optim.AdamW()
+    other.set_state(optim.get_state())
+    assert other.get_state() == optim.get_state()  # kept until it is used
+    svi = SVI(wider, RankDiagonal(wider), other, loss=lrvd.RankELBO())
+    with pytest.raises(ValueError, match=r"\[4, 16\].* this one .*\[8, 16\]"):
+        svi.step(**tokens())
+
+
+def test_parameters_stand_in_the_order_of_their_names() -> None:
+    model, guide = pair()
+    optim = lrvd.optim.AdamW()
+    SVI(model, guide, optim, loss=lrvd.RankELBO()).step(**tokens())
+    store = pyro.get_param_store()
+    for group in optim.torch_optim.param_groups:
+        names = [store.param_name(p) for p in group["params"]]
+        assert names == sorted(names)
+
+
+def test_a_guide_whose_parameters_are_unknown_is_refused() -> None:
+    model, _ = pair()
+    with pytest.raises(
+        ValueError, match=r"AutoNormal makes its parameters on its first"
+    ):
+        lrvd.optim.parameter_groups(model, AutoNormal(model))
+    with pytest.raises(TypeError, match="guide is a function without parameters"):
+        lrvd.optim.parameter_groups(model, lambda **batch: None)  # type: ignore[arg-type]
 
 
 def accumulate_with_pyro(

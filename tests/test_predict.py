@@ -5,6 +5,7 @@ from typing import Any
 import pyro
 import pytest
 import torch
+from pyro import distributions as dist
 from nets import bert, lora, regression, tokens
 from pyro.infer import Predictive
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
@@ -155,3 +156,46 @@ def test_nothing_to_predict_is_refused() -> None:
         lrvd.predict(model, guide, [tokens()], 0)
     with pytest.raises(ValueError, match="guide is None; give a guide or"):
         lrvd.predict(model, None, [tokens()])
+
+
+def hierarchical(space: Any) -> Any:
+    scale = pyro.sample("scale", dist.LogNormal(torch.zeros(1), 0.5).to_event(1))
+    z = pyro.sample("z", dist.Normal(torch.ones(space.size), 1.0).to_event(1))
+    return scale * z
+
+
+def test_draws_that_lack_a_site_or_differ_in_number_are_refused() -> None:
+    model = GateLoRA(bert(), prior=hierarchical, num_data=60)
+    z, scale = torch.ones(4, 16), torch.ones(4, 1)
+    both = {"z": z, "scale": scale}
+    assert lrvd.predict(model, None, [tokens()], posterior_samples=both).probs.shape
+    with pytest.raises(ValueError, match=r"no draws of the latent sites \['scale'\]"):
+        lrvd.predict(model, None, [tokens()], posterior_samples={"z": z, "sale": scale})
+    for bad in ({"z": z, "scale": scale[:2]}, {}, {"z": z[None], "scale": scale[None]}):
+        with pytest.raises(ValueError, match="expected draws x size for every latent"):
+            lrvd.predict(model, None, [tokens()], posterior_samples=bad)
+    with pytest.raises(
+        ValueError, match=r"no draws of the latent sites \['scale', 'z'\]"
+    ):
+        lrvd.predict(model, lambda **batch: None, [tokens()], 2)
+
+
+def test_batches_are_read_as_they_come() -> None:
+    model = GateLoRA(bert(), num_data=60)
+    seen: list[int] = []
+
+    def batches() -> Any:
+        for i in range(3):
+            seen.append(i)
+            yield tokens(2)
+
+    progress: list[int] = []
+    model.base_net.register_forward_pre_hook(lambda *args: progress.append(len(seen)))
+    lrvd.predict(model, RankDiagonal(model), batches(), 1)
+    assert progress == [1, 2, 3]
+
+
+def test_one_batch_instead_of_several_is_refused() -> None:
+    model = GateLoRA(bert(), num_data=60)
+    with pytest.raises(TypeError, match=r"batches is one batch; expected several"):
+        lrvd.predict(model, RankDiagonal(model), tokens())  # type: ignore[arg-type]

@@ -40,7 +40,7 @@ from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 
 TRAIN, DEV, EPOCHS, BATCH, LR, R, SAMPLES = 1500, 500, 10, 32, 1e-3, 8, 8
-COLD, COLD_RATE = 0.2, 0.1  # KL weight, and rate of log variances, of FactorLoRA
+COLD, COLD_RATE = 0.1, 0.2  # KL weight, and rate of log variances, of FactorLoRA
 KEEP = 3.0  # ranks with log alpha below it are kept
 RESULTS = Path(__file__).parent / "results" / "lora_vs_lrvd.jsonl"
 Rows = Iterator[tuple[str, Tensor, dict[str, float]]]
