@@ -5,8 +5,8 @@ from typing import Any
 import pyro
 import pytest
 import torch
-from pyro import distributions as dist
 from nets import bert, lora, regression, tokens
+from pyro import distributions as dist
 from pyro.infer import Predictive
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from transformers import GPT2Config, GPT2LMHeadModel

@@ -13,7 +13,6 @@ appends a line per seed and row to results/lora_vs_lrvd.jsonl and prints the tab
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -233,11 +232,9 @@ def main(argv: list[str] | None = None) -> None:
     for seed in options.seeds:
         task = Task(options.data, seed)
         for method in options.methods:
-            start = time.perf_counter()
             for row, probs, extra in METHODS[method](task):
-                seconds = time.perf_counter() - start
                 line: dict[str, Any] = scores(probs, task.test.labels) | extra
-                line |= {"row": row, "seed": seed, "seconds": round(seconds, 1)}
+                line |= {"row": row, "seed": seed}
                 line |= {"torch": torch.__version__, "lrvd_pyro": lrvd.__version__}
                 with open(options.out, "a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
