@@ -184,9 +184,10 @@ def bayesian(
             yield f"{name}, mean", logits(net, task.test).softmax(-1), ranks
         drawn = lrvd.predict(model, guide, task.test.in_order(), SAMPLES).probs
         yield f"{name}, {SAMPLES} samples", drawn, ranks
-        with model.space.bind(keep.float()):
-            pruned = logits(net, task.test).softmax(-1)
-        yield f"{name}, mean, log alpha < {KEEP:g} only", pruned, ranks
+        if not keep.all():
+            with model.space.bind(keep.float()):
+                pruned = logits(net, task.test).softmax(-1)
+            yield f"{name}, mean, only ranks kept", pruned, ranks
         model.release()
         guide.release()
 
