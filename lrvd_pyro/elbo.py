@@ -20,6 +20,15 @@ from lrvd_pyro.noise import PerExample, batch_size
 
 Terms = dict[str, Any]
 
+NO_NOISE = (
+    "the likelihood has no gradient for the guide's parameters {}: the noise is off, "
+    "and the KL alone would train them"
+)
+NO_GRADIENT = (
+    "the loss has no gradient for the model's parameters {}: they stay as they are; "
+    "was the guide built on this model?"
+)
+
 
 def linear_warmup(steps: int) -> Callable[[int], float]:
     """A KL weight that rises linearly from 0 at step 0 to 1 at step ``steps``.
@@ -164,7 +173,7 @@ class RankELBO(TraceMeanField_ELBO):
         if not self.terms:
             return
         kl = {f"kl[{name!r}]": value for name, value in self.terms["kl"].items()}
-        for name, value in ({**self.terms} | kl).items():
+        for name, value in (self.terms | kl).items():
             if name != "kl" and not bool(torch.isfinite(value)):
                 raise ValueError(
                     f"{name} is {float(value)} at step {max(self.step - 1, 0)}; {note}"
@@ -189,8 +198,11 @@ class RankELBO(TraceMeanField_ELBO):
             prior = total - observed.get("weight_prior", 0.0)
             loss = weight * prior - observed.get("log_likelihood", 0.0)
             if "log_likelihood" in observed and torch.is_grad_enabled():
-                self._check_reach(observed["log_likelihood"], guide_trace, "likelihood")
-                self._check_reach(loss, model_trace, "loss")
+                if not self._reach_checked:
+                    _warn_of_unreached(
+                        observed["log_likelihood"], guide_trace, NO_NOISE
+                    )
+                    _warn_of_unreached(loss, model_trace, NO_GRADIENT)
                 self._reach_checked = True
             yield loss / self.num_particles, _parameters(model_trace, guide_trace)
         self.terms = terms | {
@@ -236,28 +248,17 @@ class RankELBO(TraceMeanField_ELBO):
                 stacklevel=2,
             )
 
-    def _check_reach(self, result: Tensor, trace: Trace, what: str) -> None:
-        """On the first step, name the parameters that ``result`` does not depend on."""
-        if self._reach_checked:
-            return
-        reached = _leaves(result)
-        deaf = [
-            name
-            for name, parameter in _parameters(trace).items()
-            if parameter.requires_grad and parameter not in reached
-        ]
-        if deaf and what == "likelihood":
-            warnings.warn(
-                f"the likelihood has no gradient for the guide's parameters {deaf}: "
-                f"the noise is off, and the KL alone would train them",
-                stacklevel=2,
-            )
-        elif deaf:
-            warnings.warn(
-                f"the loss has no gradient for the model's parameters {deaf}: they "
-                f"stay as they are; was the guide built on this model?",
-                stacklevel=2,
-            )
+
+def _warn_of_unreached(result: Tensor, trace: Trace, message: str) -> None:
+    """Name the parameters in ``trace`` that ``result`` does not depend on."""
+    reached = _leaves(result)
+    unreached = [
+        name
+        for name, parameter in _parameters(trace).items()
+        if parameter.requires_grad and parameter not in reached
+    ]
+    if unreached:
+        warnings.warn(message.format(unreached), stacklevel=2)
 
 
 def _observed(trace: Trace) -> dict[str, Tensor]:
