@@ -55,7 +55,7 @@ def read_hub(name: str) -> Text:
     rows = load_dataset(path, config or None, split="train")
     kinds = {column: getattr(f, "dtype", "") for column, f in rows.features.items()}
     strings = [column for column, kind in kinds.items() if kind.endswith("string")]
-    if not strings or not str(kinds.get("label")).startswith("int"):
+    if not strings or "int" not in kinds.get("label", ""):
         raise ValueError(
             f"{name} has the columns {kinds}; expected one of strings and an integer "
             f"column label"

@@ -4,6 +4,23 @@
 if __name__ != "lrvd_pyro.guides":
     raise ImportError("import lrvd_pyro.guides, not guides")
 
-from lrvd_pyro.guides.rank_diagonal import RankDiagonal
+from lrvd_pyro.guides.auto import (
+    delta,
+    iaf,
+    laplace,
+    low_rank_multivariate_normal,
+    multivariate_normal,
+)
+from lrvd_pyro.guides.laplace import FisherLaplace
+from lrvd_pyro.guides.rank_diagonal import RankDiagonal, TiedDiagonal
 
-__all__ = ["RankDiagonal"]
+__all__ = [
+    "FisherLaplace",
+    "RankDiagonal",
+    "TiedDiagonal",
+    "delta",
+    "iaf",
+    "laplace",
+    "low_rank_multivariate_normal",
+    "multivariate_normal",
+]

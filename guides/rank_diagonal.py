@@ -1,45 +1,54 @@
-"""The rank-wise diagonal Gaussian guide."""
+"""The rank-wise diagonal guide."""
 
 from typing import Any
 
 import pyro
 import torch
 from pyro import distributions as dist
-from pyro.distributions import constraints
 from torch import Tensor, nn
 
+from lrvd_pyro.guides.families import family_of, walled
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 from lrvd_pyro.naming import UniqueModule, check_registered
-from lrvd_pyro.priors import latent_sites
+
+DRAWS = 4096  # for moments of gates that are no product of latent sites
 
 
 class RankDiagonal(UniqueModule):
-    """Independent Gaussian noise with one variance per rank component, R parameters.
+    """Independent noise on every latent component: one variance per rank component.
 
-    For `GateLoRA`: ``gate ~ Normal(1, alpha)``. The mean 1 loses nothing while B
-    trains, since B absorbs it; alpha is the noise-to-signal ratio of the component.
+    For `GateLoRA`: Normal on the real line, LogNormal (truncated where the prior is)
+    on positive sites, all latent levels of the prior included. Under the `LogUniform`
+    prior this is ``gate ~ Normal(1, alpha)``. The mean 1 loses nothing while B trains,
+    since B absorbs it; so it is held wherever the gate scales with a site of R
+    components, and learned elsewhere: of a scale shared by several ranks, of a logit.
 
-    For `FactorLoRA`: every element of row i of A (and of column i of B) is Normal
-    around its present value with the one variance ``sigma_i^2``. Here
-    ``alpha_i = sigma_i^2 d / ||a_i||^2``, with d the length of the row (and column).
+    For `FactorLoRA` this makes a `TiedDiagonal`: every element of row i of A (and of
+    column i of B) is Normal around its present value with the one variance
+    ``sigma_i^2``. Here ``alpha_i = sigma_i^2 d / ||a_i||^2``, with d the length of the
+    row (and column).
 
-    Log alpha starts at -4, a noise of 14%; the log variance of a gate stays within
-    [-10, 8], that of a weight within [-20, 2].
+    Log alpha starts at -4, a noise of 14%; log variances stay within [-10, 8] on real
+    sites, [-10, 2] on the logarithm of positive ones, [-20, 2] on weights.
 
     Wrong when rank components are strongly dependent under the posterior: it then
     understates the uncertainty. Under another gauge of A and B it is another posterior.
 
     Args:
-        model: A `GateLoRA` with the `LogUniform` prior or another with the one latent
-            site ``gate`` on the real line; or a `FactorLoRA`.
-        learn_mean: Learn the means of the gates too (2R parameters); for use where A
-            and B are frozen.
+        model: A `GateLoRA` or `FactorLoRA`.
+        learn_mean: Learn all means; for use where A and B are frozen.
         init_log_alpha: Where log alpha starts.
 
     Raises:
-        TypeError: If ``model`` is neither, or its means are the network's own weights
-            and ``learn_mean`` is asked for.
+        TypeError: If ``model`` is neither, a latent site of its prior is neither real
+            nor positive, or the means are the network's own weights and ``learn_mean``
+            is asked for.
     """
+
+    def __new__(cls, model: Any = None, **options: Any) -> "RankDiagonal":
+        tied = cls is RankDiagonal and isinstance(model, FactorLoRA)
+        guide: RankDiagonal = super().__new__(TiedDiagonal if tied else cls)
+        return guide
 
     def __init__(
         self,
@@ -49,48 +58,79 @@ class RankDiagonal(UniqueModule):
         init_log_alpha: float = -4.0,
     ) -> None:
         super().__init__()
-        if not isinstance(model, GateLoRA | FactorLoRA):
+        if not isinstance(model, GateLoRA):
             raise TypeError(
                 f"model is a {type(model).__name__}; RankDiagonal guides GateLoRA and "
                 f"FactorLoRA, other programs take pyro.infer.autoguide.AutoNormal"
             )
-        if isinstance(model, GateLoRA):
-            _check_latent_sites(model)
-        elif learn_mean:
-            raise TypeError(
-                "learn_mean=True with FactorLoRA: its means are the network's own "
-                "weights, which train already; use RankDiagonal(model)"
-            )
         self.space = model.space
-        self.site, self.bounds = "gate", (-10.0, 8.0)
-        if self.space.sides:
-            self.site, self.bounds = "factor", (-20.0, 2.0)
-        self.register_buffer("owner", self._owners(), persistent=False)
-        start = init_log_alpha + self._log_signal().detach()
-        self.log_variance = nn.Parameter(start)
-        self.loc = nn.Parameter(torch.ones_like(start)) if learn_mean else None
+        self._gate_at = model.value_at
+        sites = model.latent_sites().items()
+        self.families = {name: family_of(name, fn) for name, fn in sites}
+        start = model.start()
+        powers = self._powers(start)
+        self._is_product = None not in powers.values()
+        self._held = {
+            name: value
+            for name, value in start.items()
+            if powers[name] == 1 and len(value) == self.space.size and not learn_mean
+        }
+        families = self.families.items()
+        noise = [f.start_log_variance(init_log_alpha, start[n]) for n, f in families]
+        self.log_variance = nn.Parameter(torch.cat(noise))
+        locs = [f.to_loc(start[n]) for n, f in families if n not in self._held]
+        self.loc = nn.Parameter(torch.cat(locs)) if locs else None
 
-    def forward(self, *args: Any, **batch: Any) -> Tensor:
-        """Draw the site ``gate`` (R) or ``factor`` (K), whatever the batch."""
+    def forward(self, *args: Any, **batch: Any) -> dict[str, Tensor]:
+        """Draw the latent sites, whatever the batch; returns their values."""
         for name, parameter in self.named_parameters():
             check_registered(f"{self._pyro_name}.{name}", parameter)
-        scale = torch.exp(0.5 * _walled(self.log_variance, *self.bounds))
-        if self.owner is not None:
-            scale = scale[self.owner]
-        loc = self._means().to(scale.dtype)
-        noise = dist.Normal(loc, scale, validate_args=False).to_event(1)
-        value: Tensor = pyro.sample(self.site, noise)
-        return value
+        return {
+            name: pyro.sample(name, noise.to_event(1))
+            for name, noise in self.distributions().items()
+        }
 
-    def mean(self) -> dict[str, Tensor]:
-        """The posterior mean of each latent site."""
-        return {self.site: self._means()}
+    def distributions(self) -> dict[str, dist.TorchDistribution]:
+        """The posterior of each latent site, elementwise."""
+        sizes = {name: family.size for name, family in self.families.items()}
+        noise = torch.split(self.log_variance, list(sizes.values()))
+        learned = [size for name, size in sizes.items() if name not in self._held]
+        locs = iter(() if self.loc is None else torch.split(self.loc, learned))
+        posteriors = {}
+        for (name, family), log_variance in zip(self.families.items(), noise):
+            if name in self._held:
+                loc = family.to_loc(self._held[name].to(log_variance.device))
+            else:
+                loc = next(locs)
+            posteriors[name] = family.posterior(loc, log_variance)
+        return posteriors
+
+    def mean(self) -> Tensor:
+        """The posterior mean of the gate, (R,).
+
+        Exact where the gate is a product of latent sites; of 4,096 draws elsewhere.
+        """
+        if not self._is_product:
+            return self._draws().mean(0)
+        return self._gate_at({n: q.mean for n, q in self.distributions().items()})
 
     @property
     def log_alpha(self) -> Tensor:
-        """Log noise-to-signal ratio of each rank component, (R,)."""
+        """Log noise-to-signal ratio ``Var[gate] / E[gate]^2`` of each component, (R,).
+
+        Exact where the gate is a product of latent sites; of 4,096 draws elsewhere.
+        """
         with torch.no_grad():
-            return self.log_variance.clamp(*self.bounds) - self._log_signal()
+            if not self._is_product:
+                gate = self._draws()
+                return (gate.var(0) / gate.mean(0).square()).log()
+            spread, one = {}, {}
+            for name, q in self.distributions().items():
+                mean, variance = q.mean.double(), q.variance.double()
+                spread[name] = 1 + variance / mean.square()
+                one[name] = torch.ones_like(mean)
+            ratio = self._gate_at(spread) / self._gate_at(one)
+            return (ratio - 1).log().to(self.log_variance.dtype)
 
     @property
     def effective_rank(self) -> Tensor:
@@ -103,64 +143,76 @@ class RankDiagonal(UniqueModule):
         kept = torch.sigmoid(-self.log_alpha)
         return {name: float(k.sum()) for name, k in self.space.split(kept).items()}
 
-    def _means(self) -> Tensor:
-        if self.space.sides:
-            sides = [self.space.flatten(side) for side in self.space.sides]
-            return torch.cat(sides)
-        if self.loc is None:
-            return torch.ones_like(self.log_variance)
-        return self.loc
+    def _powers(self, start: dict[str, Tensor]) -> dict[str, int | None]:
+        """The power, 0 or 1, of each site in the gate; None where it has none."""
+        gate = self._gate_at(start)
+        found: dict[str, int | None] = {}
+        for name, value in start.items():
+            scaled = {c: self._gate_at({**start, name: c * value}) for c in (0.5, 2.0)}
+            powers = [
+                power
+                for power in (0, 1)
+                if all(torch.allclose(scaled[c], c**power * gate) for c in scaled)
+            ]
+            found[name] = powers[0] if powers else None
+        return found
+
+    def _draws(self) -> Tensor:
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            posteriors = self.distributions().items()
+            return self._gate_at({n: q.sample((DRAWS,)) for n, q in posteriors})
+
+
+class TiedDiagonal(RankDiagonal):
+    """`RankDiagonal` for `FactorLoRA`: one variance per rank component of the weights.
+
+    The means are the network's own weights, parameters of the model; the guide has
+    ``log_variance`` (R,) alone.
+    """
+
+    bounds = (-20.0, 2.0)
+
+    def __init__(
+        self,
+        model: FactorLoRA,
+        *,
+        learn_mean: bool = False,
+        init_log_alpha: float = -4.0,
+    ) -> None:
+        UniqueModule.__init__(self)
+        if learn_mean:
+            raise TypeError(
+                "learn_mean=True with FactorLoRA: its means are the network's own "
+                "weights, which train already; use RankDiagonal(model)"
+            )
+        self.space = model.space
+        each = torch.arange(self.space.size)
+        sides = [each.repeat_interleave(self.space.widths(s)) for s in self.space.sides]
+        owner = torch.cat(sides).to(self.space.device)
+        self.register_buffer("owner", owner, persistent=False)
+        self.log_variance = nn.Parameter(init_log_alpha + self._log_signal().detach())
+
+    def distributions(self) -> dict[str, dist.TorchDistribution]:
+        """The posterior of each weight, (K,)."""
+        scale = torch.exp(0.5 * walled(self.log_variance, *self.bounds))[self.owner]
+        loc = self.mean().to(scale.dtype)
+        return {"factor": dist.Normal(loc, scale, validate_args=False)}
+
+    def mean(self) -> Tensor:
+        """The network's own weights, as `RankSpace.flatten` lays them out, (K,)."""
+        return torch.cat([self.space.flatten(side) for side in self.space.sides])
+
+    @property
+    def log_alpha(self) -> Tensor:
+        """``log(sigma_i^2 d / ||a_i||^2)`` of each rank component, (R,)."""
+        with torch.no_grad():
+            return self.log_variance.clamp(*self.bounds) - self._log_signal()
 
     def _log_signal(self) -> Tensor:
-        """Log of the mean square of what the noise of each component is added to."""
-        if not self.space.sides:
-            loc = getattr(self, "loc", None)
-            one = torch.ones(self.space.size, device=self.space.device)
-            return 2 * (one if loc is None else loc.abs()).log()
+        """Log of the mean square of the weights of each rank component."""
         squares = torch.zeros(self.space.size, device=self.space.device)
-        elements = self._means().detach().to(squares.dtype)
+        elements = self.mean().detach().to(squares.dtype)
         squares = squares.index_add(0, self.owner, elements.square())
         log: Tensor = (squares / self.owner.bincount()).log()
         return log
-
-    def _owners(self) -> Tensor | None:
-        """For each element of the drawn weights its rank component, (K,)."""
-        if not self.space.sides:
-            return None
-        each = torch.arange(self.space.size)
-        sides = [each.repeat_interleave(self.space.widths(s)) for s in self.space.sides]
-        return torch.cat(sides).to(self.space.device)
-
-
-class _Walled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.low, ctx.high = low, high
-        return x.clamp(low, high)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
-        outward = ((x <= ctx.low) & (grad > 0)) | ((x >= ctx.high) & (grad < 0))
-        return grad.masked_fill(outward, 0.0), None, None
-
-
-def _walled(x: Tensor, low: float, high: float) -> Tensor:
-    """``x`` clamped; a gradient step may lead back from a bound, but not beyond it."""
-    result: Tensor = _Walled.apply(x, low, high)  # type: ignore[no-untyped-call]
-    return result
-
-
-def _check_latent_sites(model: GateLoRA) -> None:
-    sites = latent_sites(model.prior, model.space)
-    real = getattr(sites.get("gate", None), "support", None)
-    if (
-        set(sites) != {"gate"}
-        or getattr(real, "base_constraint", real) is not constraints.real
-    ):
-        raise TypeError(
-            f"the prior has the latent sites {sorted(sites)}; RankDiagonal guides the "
-            f"one site 'gate' on the real line, others take "
-            f"pyro.infer.autoguide.AutoNormal(model)"
-        )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pyro.distributions import Delta
+from pyro.distributions import Delta, LogNormal, constraints
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from pyro.poutine.util import site_is_subsample
@@ -43,11 +43,14 @@ def divergence(
     guide_trace: Trace,
     once: tuple[Unexpanded, Unexpanded] = ({}, {}),
     copies: int = 1,
-) -> tuple[dict[str, Tensor], list[str]]:
+    multiplicities: Mapping[str, float] | None = None,
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """``KL(guide || model)`` in nats: per site, or joint.
 
-    A guide with auxiliary sites (Pyro's AutoGuides over one joint latent) has one
-    entry, ``joint``. A Delta site counts the log density that it carries.
+    A guide that draws an auxiliary site ``<name>_unconstrained`` for each latent one
+    (Pyro's AutoNormal) is read as drawing the latent itself. Other auxiliary sites
+    (Pyro's AutoGuides over one joint latent) make one entry, ``joint``. A Delta site
+    counts the log density that it carries.
 
     Args:
         model_trace: Of the model, replayed against the guide.
@@ -55,35 +58,82 @@ def divergence(
         once: For model and guide, the distributions before they were expanded over
             ``copies`` examples: where both are there, their KL is computed once.
         copies: How many examples share such a distribution.
+        multiplicities: How often the KL of a site counts, if not once.
 
     Returns:
-        The divergences, and the sites whose part is a Monte Carlo estimate.
+        The divergences; and for each site whose part is a Monte Carlo estimate, the
+        families of guide and model there.
 
     Raises:
         ValueError: If guide and model do not have the same latent sites, a guide site
-            is not reparameterised, the two scale a site differently, or a site with
-            the log-uniform prior is not drawn from a Gaussian.
+            is not reparameterised, the two scale a site differently, a site with the
+            log-uniform prior is not drawn from a Gaussian, or a joint guide covers
+            sites of different multiplicity.
     """
     model_sites, guide_sites = latent_sites(model_trace), latent_sites(guide_trace)
+    guide_sites, unexpanded = _paired(model_sites, guide_sites, once[1])
+    once = once[0], unexpanded
     auxiliary = _match(model_sites, guide_sites)
     _refuse_unbounded(model_sites, guide_sites, auxiliary)
+    weights = dict.fromkeys(model_sites, 1.0) | dict(multiplicities or {})
+    weights |= dict.fromkeys(auxiliary, _common(weights, auxiliary))
     kl: dict[str, Tensor] = {}
-    estimated: list[str] = []
+    estimated: dict[str, str] = {}
     for name, guide_site in guide_sites.items():
         closed = None
         if name not in auxiliary and not isinstance(guide_site["fn"], Delta):
             closed = _closed_form(name, model_sites[name], guide_site, once, copies)
         if closed is not None:
-            kl[name] = closed
+            kl[name] = weights[name] * closed
             continue
         entry = "joint" if auxiliary else name
-        term = scaled_log_prob(guide_site)
+        term = weights[name] * scaled_log_prob(guide_site)
         if name not in auxiliary:
-            term = term - scaled_log_prob(model_sites[name])
+            term = term - weights[name] * scaled_log_prob(model_sites[name])
         if name in auxiliary or not isinstance(guide_site["fn"], Delta):
-            estimated.append(name)
+            p = family(model_sites[name]["fn"]) if name in model_sites else "..."
+            estimated[name] = f"{family(guide_site['fn'])} || {p}"
         kl[entry] = kl[entry] + term if entry in kl else term
     return kl, estimated
+
+
+def _paired(
+    model_sites: dict[str, Site], guide_sites: dict[str, Site], once: Unexpanded
+) -> tuple[dict[str, Site], Unexpanded]:
+    """Pairs ``<name>_unconstrained``, ``<name>`` of a guide as one site each."""
+    guide_sites, once = dict(guide_sites), dict(once)
+    for name in guide_sites.keys() & model_sites.keys():
+        given = f"{name}_unconstrained"
+        support = model_sites[name]["fn"].support
+        if given in guide_sites and _constrained(guide_sites[given]["fn"], support):
+            fn = _constrained(guide_sites.pop(given)["fn"], support)
+            guide_sites[name] = {**guide_sites[name], "fn": fn}
+            if given in once:
+                once[name] = _constrained(once[given], support)
+    return guide_sites, once
+
+
+def _constrained(q: Any, support: Any) -> Any:
+    """The distribution of ``biject_to(support)(x)``, x ~ q, where it has a name."""
+    support = getattr(support, "base_constraint", support)
+    if family(q) != "Normal":
+        return None
+    if support is constraints.real:
+        return q
+    if support in (constraints.positive, constraints.nonnegative):
+        normal, dims = (q.base_dist, q.event_dim) if q.event_dim else (q, 0)
+        return LogNormal(normal.loc, normal.scale).to_event(dims)
+    return None
+
+
+def _common(weights: dict[str, float], auxiliary: set[str]) -> float:
+    """The multiplicity of what a joint guide covers."""
+    if auxiliary and len(set(weights.values())) > 1:
+        raise ValueError(
+            f"a joint guide covers sites of the multiplicities {weights}, whose terms "
+            f"cannot be told apart; use a guide per site, RankDiagonal(model)"
+        )
+    return max(weights.values(), default=1.0)
 
 
 def _closed_form(
@@ -154,14 +204,25 @@ def _refuse_unbounded(
     for name, site in model_sites.items():
         if family(site["fn"]) != LogUniform.__name__:
             continue
-        drawn = auxiliary if auxiliary else {name}
+        drawn = {name}
+        if auxiliary and isinstance(guide_sites[name]["fn"], Delta):
+            drawn = auxiliary
         others = {family(guide_sites[n]["fn"]) for n in drawn} - GAUSSIAN
+        if drawn == auxiliary and _point_masses(guide_sites, auxiliary):
+            others.add("Delta")
         if others:
             raise ValueError(
                 f"site {name!r} has a log-uniform prior, under which the KL of "
                 f"{sorted(others)} has no minimum; use a Gaussian guide, "
                 f"RankDiagonal(model), or a proper prior"
             )
+
+
+def _point_masses(guide_sites: dict[str, Site], auxiliary: set[str]) -> bool:
+    """Whether the Delta sites have more components than auxiliary sites give them."""
+    deltas = [s for s in guide_sites.values() if isinstance(s["fn"], Delta)]
+    given = sum(guide_sites[name]["value"].numel() for name in auxiliary)
+    return bool(sum(site["value"].numel() for site in deltas) > given)
 
 
 def family(fn: Any) -> str:

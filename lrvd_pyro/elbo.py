@@ -15,8 +15,9 @@ from pyro.infer.util import zero_grads
 from pyro.poutine import Trace
 from torch import Tensor
 
-from lrvd_pyro.divergence import divergence, family, scaled_log_prob
-from lrvd_pyro.noise import PerExample, batch_size
+from lrvd_pyro.divergence import divergence, latent_sites, scaled_log_prob
+from lrvd_pyro.naming import check_name_is_free
+from lrvd_pyro.noise import Multiplicities, PerExample, batch_size
 
 Terms = dict[str, Any]
 
@@ -55,7 +56,9 @@ class RankELBO(TraceMeanField_ELBO):
 
     ``loss = -(N/B) sum_b E_q[log p(y_b | z)] + kl_weight * KL(q(z) || p(z))``, the KL
     in closed form wherever one is registered, otherwise estimated from the same draws,
-    which one warning says (Pyro's AutoGuides always). ``kl_weight=1`` is the true ELBO.
+    which one warning says (Pyro's AutoGuides over a joint latent always).
+    ``kl_weight=1`` is the true ELBO. A site with a multiplicity, as that of
+    ``LogUniform(multiplicity=w)``, has w times its KL.
 
     Use it as any Pyro loss, ``SVI(model, guide, optim, loss=RankELBO())``, or with a
     torch optimiser on the module ``RankELBO()(model, guide)``.
@@ -199,9 +202,8 @@ class RankELBO(TraceMeanField_ELBO):
             loss = weight * prior - observed.get("log_likelihood", 0.0)
             if "log_likelihood" in observed and torch.is_grad_enabled():
                 if not self._reach_checked:
-                    _warn_of_unreached(
-                        observed["log_likelihood"], guide_trace, NO_NOISE
-                    )
+                    fit = observed["log_likelihood"] + _hierarchy(model_trace)
+                    _warn_of_unreached(fit, guide_trace, NO_NOISE)
                     _warn_of_unreached(loss, model_trace, NO_GRADIENT)
                 self._reach_checked = True
             yield loss / self.num_particles, _parameters(model_trace, guide_trace)
@@ -217,34 +219,37 @@ class RankELBO(TraceMeanField_ELBO):
         """One draw: the two traces and the divergences of the sites."""
         once: tuple[Any, Any] = ({}, {})
         size = 1
+        self._set_up_guide(guide, args, kwargs)
         if self.noise == "example":
-            self._set_up_guide(guide, args, kwargs)
             size = batch_size(kwargs)
             shared = PerExample(size), PerExample(size)
             model, guide = shared[0](model), shared[1](guide)
             once = shared[0].unexpanded, shared[1].unexpanded
+        multiplicities = Multiplicities()
+        model = multiplicities(model)
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         replayed = poutine.replay(model, trace=guide_trace)
         model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
-        kl, estimated = divergence(model_trace, guide_trace, once, size)
-        self._warn_of_estimates(estimated, model_trace, guide_trace)
+        kl, estimated = divergence(
+            model_trace, guide_trace, once, size, multiplicities.found
+        )
+        self._warn_of_estimates(estimated)
         return model_trace, guide_trace, kl
 
     def _set_up_guide(self, guide: Any, args: Any, kwargs: Any) -> None:
         """Let an AutoGuide make its parameters before latents are drawn per example."""
         if guide not in self._set_up:
+            check_name_is_free(guide)
             with torch.random.fork_rng(), poutine.block():
                 guide(*args, **kwargs)
             self._set_up.add(guide)
 
-    def _warn_of_estimates(self, names: list[str], model: Trace, guide: Trace) -> None:
-        for name in set(names) - self._warned:
+    def _warn_of_estimates(self, estimated: dict[str, str]) -> None:
+        for name in estimated.keys() - self._warned:
             self._warned.add(name)
-            q = family(guide.nodes[name]["fn"])
-            p = family(model.nodes[name]["fn"]) if name in model else "..."
             warnings.warn(
-                f"no closed form of KL({q} || {p}) at site {name!r}: it is estimated "
-                f"by Monte Carlo",
+                f"no closed form of KL({estimated[name]}) at site {name!r}: it is "
+                f"estimated by Monte Carlo",
                 stacklevel=2,
             )
 
@@ -259,6 +264,15 @@ def _warn_of_unreached(result: Tensor, trace: Trace, message: str) -> None:
     ]
     if unreached:
         warnings.warn(message.format(unreached), stacklevel=2)
+
+
+def _hierarchy(trace: Trace) -> Tensor:
+    """A function of the draws that other draws' densities depend on."""
+    densities = [
+        site["fn"].log_prob(site["value"].detach()).sum()
+        for site in latent_sites(trace).values()
+    ]
+    return torch.stack(densities).sum() if densities else torch.zeros(())
 
 
 def _observed(trace: Trace) -> dict[str, Tensor]:

@@ -25,6 +25,13 @@ class Likelihood(Protocol):
     ) -> None:
         """Observe ``labels`` (or sample them) at the site ``labels``."""
 
+    def fisher_roots(self, predictions: Tensor) -> Tensor:
+        """``B x K`` functions of ``B x ...`` predictions, differentiable.
+
+        The outer products of their gradients sum to the Fisher information of each
+        example.
+        """
+
     def summarise(self, predictions: Tensor) -> dict[str, Tensor]:
         """Reduce ``S x B x ...`` predictions to the fields of `collect`."""
 
@@ -115,6 +122,10 @@ class Categorical:
                 + (f"load it with num_labels={high + 1}" if high >= classes else "")
             )
 
+    def fisher_roots(self, predictions: Tensor) -> Tensor:
+        log_probs = precise(predictions).log_softmax(-1)
+        return (0.5 * log_probs.detach()).exp() * log_probs
+
     def summarise(self, predictions: Tensor) -> dict[str, Tensor]:
         samples = precise(predictions).softmax(-1)
         probs = samples.mean(0)
@@ -199,6 +210,10 @@ class Normal(PyroModule):
                 f"example: load the network with num_labels=1"
             )
         return precise(predictions)
+
+    def fisher_roots(self, predictions: Tensor) -> Tensor:
+        root: Tensor = self._mean(predictions) / self.scale.detach()
+        return root.unsqueeze(-1)
 
     def summarise(self, predictions: Tensor) -> dict[str, Tensor]:
         means = torch.stack([self._mean(p) for p in predictions])

@@ -1,7 +1,7 @@
 """Root Pyro modules with names of their own, so that two of them both train."""
 
 import itertools
-from typing import Any
+from typing import Any, TypeVar
 
 import pyro
 from pyro.nn import PyroModule
@@ -19,16 +19,12 @@ class UniqueModule(PyroModule):
     """
 
     def __init__(self) -> None:
-        super().__init__(self._new_name())
-
-    @classmethod
-    def _new_name(cls) -> str:
-        return f"{cls.__name__}_{next(_numbers)}"
+        super().__init__(_new_name(self))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._pyro_context.used = False
-        self._pyro_set_supermodule(self._new_name(), self._pyro_context)
+        give_own_name(self)
 
     def release(self) -> None:
         """Take this module's parameters out of Pyro's store; they keep their values.
@@ -41,6 +37,42 @@ class UniqueModule(PyroModule):
         for name in list(store.keys()):
             if name.startswith((f"{self._pyro_name}.", f"{self._pyro_name}$$$")):
                 del store[name]
+
+
+Root = TypeVar("Root", bound=PyroModule)
+
+
+def give_own_name(root: Root) -> Root:
+    """The same root module, under a name that no other object of this process bears.
+
+    For Pyro's AutoGuides, which all bear the name of their class, before their first
+    call.
+    """
+    root._pyro_set_supermodule(_new_name(root), root._pyro_context)
+    return root
+
+
+def _new_name(root: PyroModule) -> str:
+    return f"{type(root).__name__}_{next(_numbers)}"
+
+
+def check_name_is_free(guide: Any) -> None:
+    """Raise if Pyro's store would hand an AutoGuide the parameters of an earlier one.
+
+    Raises:
+        RuntimeError: With the way out.
+    """
+    if getattr(guide, "prototype_trace", ()) is not None:
+        return
+    name = guide._pyro_name
+    store = pyro.get_param_store()
+    taken = sorted(key for key in store.keys() if key.startswith(f"{name}."))
+    if taken:
+        raise RuntimeError(
+            f"Pyro's store holds {taken} of an earlier guide, which this {name} would "
+            f"train instead of its own; call lrvd_pyro.naming.give_own_name(guide) "
+            f"before its first use, or pyro.clear_param_store() before making both"
+        )
 
 
 def check_registered(name: str, parameter: nn.Parameter) -> None:

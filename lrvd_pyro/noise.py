@@ -52,6 +52,24 @@ class PerExample(poutine.messenger.Messenger):
         msg["scale"] = msg["scale"] / self.size
 
 
+class Multiplicities(poutine.messenger.Messenger):
+    """Note what sites say of their multiplicity, ``infer={"multiplicity": w}``.
+
+    Replaying a program against its guide replaces ``infer``; this stands before it.
+
+    Attributes:
+        found: By site.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, float] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if "multiplicity" in msg["infer"]:
+            self.found[msg["name"]] = msg["infer"]["multiplicity"]
+
+
 def drawn_per_example() -> bool:
     """Whether a `PerExample` is at work around the running program."""
     return any(isinstance(handler, PerExample) for handler in _PYRO_STACK)

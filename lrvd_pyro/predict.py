@@ -75,7 +75,7 @@ def predict(
             draws = [draw_latents(model, guide, first) for _ in range(num_samples)]
         else:
             draws = _unstack(posterior_samples)
-        values = [_value(model, latents) for latents in draws]
+        values = [model.value_at(latents).detach() for latents in draws]
         rest = tqdm(chain([first], inputs), disable=not progress, desc="predict")
         for batch in rest:
             outputs = torch.stack([_outputs(model, value, batch) for value in values])
@@ -102,7 +102,7 @@ def posterior_sample(
         seed: Of the draw; the random state is restored.
     """
     with torch.no_grad(), _seeded(seed):
-        value = _value(model, draw_latents(model, guide, {}))
+        value = model.value_at(draw_latents(model, guide, {}))
     with model.bind(value):
         yield model.base_net
 
@@ -118,10 +118,10 @@ def posterior_mean(
     """
     with torch.no_grad(), _seeded(0):
         if hasattr(guide, "mean"):
-            value = _value(model, guide.mean())
+            value = guide.mean()
         else:
             draws = (draw_latents(model, guide, {}) for _ in range(num_samples))
-            value = torch.stack([_value(model, z) for z in draws]).mean(0)
+            value = torch.stack([model.value_at(z) for z in draws]).mean(0)
     with model.bind(value):
         yield model.base_net
 
@@ -146,18 +146,6 @@ def _without_labels(batches: Iterable[Mapping[str, Any]]) -> Iterator[Batch]:
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         batch_size(inputs)
         yield inputs
-
-
-def _value(model: RankModel, latents: Mapping[str, Tensor]) -> Tensor:
-    """What the model binds when its latent sites have the given values."""
-    with poutine.block(), poutine.trace() as run, poutine.condition(data=dict(latents)):
-        value = model.draw().detach()
-    if missing := latent_sites(run.trace):
-        raise ValueError(
-            f"no draws of the latent sites {sorted(missing)}, only of "
-            f"{sorted(latents)}; every latent site of the model needs a value"
-        )
-    return value
 
 
 def _outputs(model: RankModel, value: Tensor, batch: Mapping[str, Any]) -> Tensor:

@@ -9,118 +9,284 @@ program can be drawn once per batch or once per example::
         scale = pyro.sample("scale", dist.HalfCauchy(torch.ones(1)).to_event(1))
         z = pyro.sample("z", dist.Normal(torch.ones(space.size), 1).to_event(1))
         return scale * z
+
+Parameters to learn belong in a PyroModule, as in `ARD`. A dict ``start`` says where a
+guide should start a site; elsewhere that is 1.
+
+A scale of the gates means something only if A and B have one too: without
+``GateLoRA(..., weight_prior=Normal(0, 1))`` the map b -> b s undoes it.
 """
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
+from typing import Any, Literal
 
 import pyro
 import torch
 from pyro import distributions as dist
-from pyro import poutine
-from pyro.poutine.util import site_is_subsample
-from torch import Tensor
-from torch.distributions import Distribution
+from pyro.nn import PyroModule
+from torch import Tensor, nn
 
-from lrvd_pyro import distributions, divergence
-from lrvd_pyro.noise import PerExample
-from lrvd_pyro.rank_space import RankSpace
+from lrvd_pyro import distributions
+from lrvd_pyro.rank_space import Level, RankSpace
 
 Prior = Callable[[RankSpace], Tensor]
-
-CONTRACT = """A prior maps a RankSpace to the gate, of event shape (R,):
-  - every latent site has one event dimension: .to_event(1), a global scale shape (1,)
-  - indexing is by [..., index], and nothing stands in a plate
-  - no pyro.factor
-for example
-  def prior(space):
-      scale = pyro.sample("scale", dist.HalfCauchy(torch.ones(1)).to_event(1))
-      z = pyro.sample("z", dist.Normal(torch.ones(space.size), 1).to_event(1))
-      return scale * z"""
 
 
 class LogUniform:
     """Scale-invariant gates, ``p(z) = 1 / |z|`` independently for each rank component.
 
     Improper, without scale: it goes with Gaussian guides, whose KL then depends on the
-    noise-to-signal ratio alone. Site: ``gate``, event shape (R,).
+    noise-to-signal ratio alone, and has neither draws nor a posterior for MCMC. Site:
+    ``gate``, event shape (R,).
+
+    Args:
+        multiplicity: Count each gate as this many tied copies: `RankELBO` multiplies
+            the site's log densities in model and guide, so its KL. The number of
+            elements of A and B that a gate scales gives the strength of the published
+            code's prior.
+
+    Raises:
+        ValueError: If ``multiplicity`` is not positive; or where the prior itself
+            would be sampled, by MCMC or by `pyro.infer.Predictive` without guide.
 
     Source: Kingma, Salimans and Welling (2015, arXiv 1506.02557); Molchanov, Ashukha
     and Vetrov (2017, arXiv 1701.05369).
     """
 
-    def __call__(self, space: RankSpace) -> Tensor:
-        return pyro.sample("gate", self.distribution(space.size))
+    def __init__(self, multiplicity: float = 1.0) -> None:
+        self.multiplicity = _positive("multiplicity", multiplicity)
 
-    def distribution(self, size: int) -> dist.TorchDistribution:
-        """The density over ``size`` components, with one event dimension."""
+    def __call__(self, space: RankSpace) -> Tensor:
+        return self.sample("gate", space.size)
+
+    def sample(self, site: str, size: int) -> Tensor:
+        """Draw ``size`` components as one site."""
         prior = distributions.LogUniform().expand([size])
         independent: dist.TorchDistribution = prior.to_event(1)  # type: ignore[no-untyped-call]
-        return independent
+        infer: Any = {"multiplicity": self.multiplicity}
+        value: Tensor = pyro.sample(site, independent, infer=infer)
+        return value
 
 
-def latent_sites(prior: Prior, space: RankSpace) -> dict[str, Distribution]:
-    """The distributions of a prior's latent sites, from one run of it."""
-    with torch.random.fork_rng(), poutine.block(), poutine.trace() as run:
-        prior(space)
-    return {
-        name: site["fn"] for name, site in divergence.latent_sites(run.trace).items()
-    }
+class TruncatedLogUniform:
+    """Log-uniform gates on ``[exp(low), exp(high)]``, positive and proper.
 
+    Scale-invariant within its bounds. Site: ``gate``, event shape (R,).
 
-def check_prior(prior: Prior, space: RankSpace) -> bool:
-    """Run a prior with batches of 2, R and R + 1; raise where it breaks the contract.
-
-    Returns:
-        Whether the prior itself puts a site named ``gate`` into the trace.
+    Args:
+        low: The lower bound of log z.
+        high: The upper bound of log z.
 
     Raises:
-        ValueError: With the contract and the offending site.
+        ValueError: If the interval does not hold log z = 0, where guides start.
+
+    Source: Neklyudov, Molchanov, Ashukha and Vetrov (2017, arXiv 1705.07283).
     """
-    for batch in (2, space.size, space.size + 1):
-        with torch.random.fork_rng(), poutine.block(), poutine.trace() as run:
-            with PerExample(batch):
-                try:
-                    gate = prior(space)
-                except (RuntimeError, ValueError, IndexError) as error:
-                    raise _breach(f"it fails on a batch of {batch}: {error}") from error
-        nodes: dict[str, Any] = run.trace.nodes
-        for name, site in nodes.items():
-            if site["type"] != "sample" or site_is_subsample(site):
-                continue
-            if site["infer"].get("_deterministic"):
-                continue
-            if site["is_observed"]:
-                raise _breach(f"site {name!r} is observed (or a pyro.factor)")
-            if len(site["cond_indep_stack"]) != 1:
-                raise _breach(f"site {name!r} stands in a plate")
-            if site["fn"].event_dim != 1:
-                raise _breach(
-                    f"site {name!r} has {site['fn'].event_dim} event dimensions, not 1"
-                )
-        if gate.shape != (batch, space.size):
-            raise _breach(
-                f"the gate has shape {tuple(gate.shape)} on a batch of {batch}; "
-                f"expected {(batch, space.size)}"
+
+    def __init__(self, low: float = -20.0, high: float = 2.0) -> None:
+        if not low < 0 < high:
+            raise ValueError(
+                f"low={low}, high={high}; expected bounds of log z around 0, where "
+                f"guides start: TruncatedLogUniform(-20.0, 2.0)"
             )
-        _check_rows(prior, space, gate, divergence.latent_sites(run.trace))
-    return "gate" in run.trace.nodes
+        self.low, self.high = low, high
+
+    def __call__(self, space: RankSpace) -> Tensor:
+        each = torch.ones(space.size, device=space.device)
+        prior = distributions.TruncatedLogUniform(self.low * each, self.high * each)
+        return _sample("gate", prior)
 
 
-def _check_rows(prior: Prior, space: RankSpace, gate: Tensor, sites: Any) -> None:
-    """Raise if an example's gate, or a density, depends on another example's draw."""
-    for row in (0, 1):
-        given = {name: site["value"][row] for name, site in sites.items()}
-        with poutine.block(), poutine.trace() as run, poutine.condition(data=given):
-            alone = prior(space)
-        same = torch.allclose(alone, gate[row], equal_nan=True)
-        for name, site in sites.items():
-            fn: Any = run.trace.nodes[name]["fn"]
-            density = site["fn"].log_prob(site["value"])[row]
-            same &= torch.allclose(fn.log_prob(given[name]), density, equal_nan=True)
-        if not same:
-            raise _breach("an example's gate depends on the draws of other examples")
+class Normal:
+    """Gates ~ Normal(0, scale): a Gaussian weight on each rank component.
+
+    Proper; ``scale`` is in units of the gate, whose posterior mean `RankDiagonal` holds
+    at 1. Were that mean learned, without ``weight_prior``, the minimum over it would be
+    `ARD`. Site: ``gate``, event shape (R,).
+
+    Raises:
+        ValueError: If ``scale`` is not positive.
+    """
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = _positive("scale", scale)
+
+    def __call__(self, space: RankSpace) -> Tensor:
+        zero = torch.zeros(space.size, device=space.device)
+        return _sample("gate", dist.Normal(zero, self.scale))
 
 
-def _breach(problem: str) -> ValueError:
-    return ValueError(f"the prior breaks its contract: {problem}\n{CONTRACT}")
+class ARD(PyroModule):
+    """Gates ~ Normal(0, sqrt(gamma_i)), with gamma learned as part of the model.
+
+    Automatic relevance determination. Proper given gamma. At the best gamma,
+    ``1 + alpha``, the KL from N(1, alpha) is ``log(1 + 1/alpha) / 2`` nats: invariant
+    to scale, and falling to 0 as 1/alpha. Site: ``gate``, event shape (R,); parameter
+    ``log_gamma`` (R,), made when the prior first sees its rank space.
+
+    Wrong as a density of anything: gamma is fitted to the data, so the objective is an
+    evidence bound only for gamma fixed beforehand.
+
+    Raises:
+        ValueError: If one object is used for two rank spaces of different size.
+
+    Source: MacKay (1994); Tipping (2001).
+    """
+
+    def forward(self, space: RankSpace) -> Tensor:
+        """Draw the site ``gate``."""
+        if not hasattr(self, "log_gamma"):
+            self.log_gamma = nn.Parameter(torch.zeros(space.size, device=space.device))
+        if self.log_gamma.shape != (space.size,):
+            raise ValueError(
+                f"this ARD has {len(self.log_gamma)} variances and the rank space "
+                f"{space.size} components; give each model its own: prior=ARD()"
+            )
+        scale = torch.exp(0.5 * self.log_gamma)
+        return _sample("gate", dist.Normal(torch.zeros_like(scale), scale))
+
+
+class Horseshoe:
+    """Products of half-Cauchy scales, one per level: the hierarchical gate prior.
+
+    ``gate_i = global_scale * module_scale[m(i)] * rank_scale_i``, each half-Cauchy;
+    heavy tails at 0 and at infinity, so that most ranks vanish and some stay as they
+    are. With a ``slab`` c, ``gate = g / sqrt(1 + (g/c)^2)``, g being that product: no
+    gate exceeds c.
+
+    Proper; scales in units of the gate. Sites: ``global_scale`` (1,), ``module_scale``
+    (M,), ``rank_scale`` (R,), as chosen; ``gate`` (R,) is deterministic.
+
+    Args:
+        scale: Of the highest level's half-Cauchy; those below have 1.
+        levels: Which of "global", "module" and "rank" there are, from the top.
+        slab: The bound c; None for no bound.
+
+    Raises:
+        ValueError: If ``scale`` or ``slab`` is not positive, or a level is unknown,
+            missing or out of order.
+
+    Source: Carvalho, Polson and Scott (2009); as group prior of layers, Louizos,
+    Ullrich and Welling (2017, arXiv 1705.08665); the slab, here without a prior of its
+    own, Piironen and Vehtari (2017, arXiv 1707.01694).
+    """
+
+    def __init__(
+        self,
+        scale: float = 1.0,
+        *,
+        levels: Sequence[Literal["global", "module", "rank"]] = (
+            "global",
+            "module",
+            "rank",
+        ),
+        slab: float | None = None,
+    ) -> None:
+        known = ("global", "module", "rank")
+        if not levels or tuple(levels) != tuple(x for x in known if x in levels):
+            raise ValueError(
+                f"levels={levels!r}; expected some of {known}, in this order"
+            )
+        self.scale = _positive("scale", scale)
+        self.levels = tuple(levels)
+        self.slab = None if slab is None else _positive("slab", slab)
+
+    def __call__(self, space: RankSpace) -> Tensor:
+        gate = torch.ones(space.size, device=space.device)
+        scale = self.scale
+        for level in self.levels:
+            index = space.group(level)
+            each = torch.full((int(index.max()) + 1,), scale, device=space.device)
+            gate = gate * _sample(f"{level}_scale", dist.HalfCauchy(each))[..., index]
+            scale = 1.0
+        if self.slab is None:
+            return gate
+        return gate / torch.hypot(torch.ones_like(gate), gate / self.slab)
+
+
+class Hierarchical:
+    """Gates of one family, with one scale per module, layer or module type.
+
+    ``scale_g ~ HalfCauchy(1)``, ``gate_i ~ family(scale_g(i))``. Proper where the
+    family is. Sites: ``<over>_scale`` (G,) and ``gate`` (R,).
+
+    Args:
+        family: From scales, ``... x R``, to a distribution of that batch shape:
+            ``HalfCauchy``, ``HalfNormal``, ``partial(Normal, 0.0)``.
+        over: What shares a scale: "module", "layer" or "type", as in
+            `RankSpace.coordinates`.
+
+    Raises:
+        TypeError: If ``family`` is not callable.
+        ValueError: If ``over`` is none of the three.
+    """
+
+    def __init__(
+        self,
+        family: Callable[[Tensor], dist.TorchDistribution] = dist.HalfCauchy,
+        over: Level = "module",
+    ) -> None:
+        if not callable(family):
+            raise TypeError(
+                f"family={family!r}; expected a function from scales to a "
+                f"distribution: Hierarchical(pyro.distributions.HalfNormal)"
+            )
+        if over not in ("module", "layer", "type"):
+            raise ValueError(f'over={over!r}; expected "module", "layer" or "type"')
+        self.family, self.over = family, over
+
+    def __call__(self, space: RankSpace) -> Tensor:
+        index = space.group(self.over)
+        each = torch.ones(int(index.max()) + 1, device=space.device)
+        scale = _sample(f"{self.over}_scale", dist.HalfCauchy(each))
+        return _sample("gate", self.family(scale[..., index]))
+
+
+class SpikeSlab:
+    """Gates in [0, 1] with exact zeros and ones: the hard concrete distribution.
+
+    ``gate = clamp(1.2 sigmoid(gate_logit) - 0.1, 0, 1)``, ``gate_logit`` logistic with
+    scale ``1 / temperature`` and the location at which a gate is not 0 with
+    probability ``inclusion``. A relaxation of independent Bernoulli gates, whose
+    posterior it approaches at low temperature only.
+
+    Proper; a density of ``gate_logit``, so any guide will do. Sites: ``gate_logit``
+    (R,); ``gate`` (R,) is deterministic.
+
+    Raises:
+        ValueError: If ``inclusion`` is not between 0 and 1, or ``temperature`` is not
+            positive.
+
+    Source: Louizos, Welling and Kingma (2018, arXiv 1712.01312).
+    """
+
+    start = {"gate_logit": math.log(11)}  # the least logit whose gate is 1
+
+    def __init__(self, inclusion: float = 0.5, temperature: float = 0.5) -> None:
+        if not 0 < inclusion < 1:
+            raise ValueError(
+                f"inclusion={inclusion}; expected the probability that a gate is not "
+                f"0, between 0 and 1: SpikeSlab(0.5)"
+            )
+        self.temperature = _positive("temperature", temperature)
+        self.inclusion = inclusion
+
+    def __call__(self, space: RankSpace) -> Tensor:
+        odds = math.log(self.inclusion / (1 - self.inclusion))
+        loc = odds / self.temperature - math.log(11)
+        each = torch.full((space.size,), loc, device=space.device)
+        logit = _sample("gate_logit", dist.Logistic(each, 1 / self.temperature))
+        return torch.clamp(1.2 * logit.sigmoid() - 0.1, 0.0, 1.0)
+
+
+def _sample(site: str, prior: dist.TorchDistribution) -> Tensor:
+    value: Tensor = pyro.sample(site, prior.to_event(1))
+    return value
+
+
+def _positive(name: str, value: float) -> float:
+    if not (isinstance(value, Real) and 0 < value < math.inf):
+        raise ValueError(f"{name}={value!r}; expected a positive number")
+    return float(value)

@@ -27,6 +27,7 @@ from lrvd_pyro.hooks import (
 from lrvd_pyro.lora_layers import find_layers, pick_adapter
 
 Side = Literal["lora_A", "lora_B"]
+Level = Literal["global", "module", "layer", "type", "rank"]
 
 
 class RankSpace:
@@ -108,6 +109,19 @@ class RankSpace:
             "layer": [layers[i] for i in each],
             "rank": [j for r in self.ranks for j in range(r)],
         }
+
+    def group(self, level: Level) -> Tensor:
+        """For each rank component the number of its group at a level, (R,).
+
+        Modules, layers and types are numbered as they first occur in `coordinates`.
+        """
+        if level == "global":
+            return torch.zeros(self.size, dtype=torch.long, device=self.device)
+        if level == "rank":
+            return torch.arange(self.size, device=self.device)
+        labels = self.coordinates[level]
+        number = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+        return torch.tensor([number[label] for label in labels], device=self.device)
 
     @property
     def device(self) -> torch.device:

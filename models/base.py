@@ -1,15 +1,21 @@
 """What the models of this package have in common."""
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from numbers import Integral
 from typing import Any, cast
 
 import pyro
+import torch
 from peft import PeftModel
+from pyro import poutine
 from pyro.params.param_store import param_with_module_name
 from torch import Tensor
+from torch.distributions import Distribution
 
+from lrvd_pyro import mcmc
+from lrvd_pyro.divergence import latent_sites, scaled_log_prob
 from lrvd_pyro.likelihoods import Likelihood
 from lrvd_pyro.naming import UniqueModule, check_registered
 from lrvd_pyro.noise import batch_size, drawn_per_example
@@ -26,6 +32,8 @@ class RankModel(UniqueModule):
     into the forward pass.
     """
 
+    prior: Any
+
     def __init__(self, space: RankSpace, likelihood: Likelihood, num_data: int) -> None:
         super().__init__()
         self.net = space.net
@@ -41,6 +49,45 @@ class RankModel(UniqueModule):
     def bind(self, value: Tensor) -> AbstractContextManager[None]:
         """Let the forward passes within the block use ``value``."""
 
+    def latent_sites(self) -> dict[str, Distribution]:
+        """The prior distribution of each latent site, from one run."""
+        with torch.random.fork_rng(), poutine.block(), poutine.trace() as run:
+            self.draw()
+        return {name: site["fn"] for name, site in latent_sites(run.trace).items()}
+
+    def start(self) -> dict[str, Tensor]:
+        """Where guides start each latent site: at the prior's ``start``, else at 1."""
+        known = getattr(self.prior, "start", {})
+        device = self.space.device
+        return {
+            name: torch.full(fn.event_shape, known.get(name, 1.0), device=device)
+            for name, fn in self.latent_sites().items()
+        }
+
+    def value_at(self, latents: Mapping[str, Tensor]) -> Tensor:
+        """What the model binds when its latent sites have the given values.
+
+        Raises:
+            ValueError: If a latent site has no value.
+        """
+        with poutine.block(), poutine.trace() as run:
+            with poutine.condition(data=dict(latents)):
+                value: Tensor = self.draw()
+        if missing := latent_sites(run.trace):
+            raise ValueError(
+                f"no draws of the latent sites {sorted(missing)}, only of "
+                f"{sorted(latents)}; every latent site of the model needs a value"
+            )
+        return value
+
+    def log_prior(self, latents: Mapping[str, Tensor]) -> Tensor:
+        """The log prior density of values of the latent sites, in nats."""
+        with poutine.block(), poutine.trace() as run:
+            with poutine.condition(data=dict(latents)):
+                self.draw()
+        sites = [run.trace.nodes[name] for name in latents]
+        return torch.stack([scaled_log_prob(site) for site in sites]).sum()
+
     def forward(self, *, labels: Tensor | None = None, **inputs: Any) -> Tensor:
         """Draw the adapter, run the network, observe (or draw) the labels."""
         if labels is not None and not isinstance(labels, Tensor):
@@ -48,7 +95,9 @@ class RankModel(UniqueModule):
                 f"labels are a {type(labels).__name__}; expected a tensor with one "
                 f"entry per example: torch.as_tensor(labels)"
             )
-        batch_size({"labels": labels, **inputs})
+        size = batch_size({"labels": labels, **inputs})
+        if labels is not None and mcmc.is_running():
+            mcmc.check(self.base_net, size, self.num_data)
         self._register_parameters()
         value = self.draw()
         if value.dim() > 1 and not drawn_per_example():

@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager
 
-import pyro
+import torch
 from peft import PeftModel
 from torch import Tensor
 
@@ -71,10 +71,15 @@ class FactorLoRA(RankModel):
         super().__init__(space, likelihood or Categorical(), size)
         self.prior = prior or LogUniform()
 
+    def start(self) -> dict[str, Tensor]:
+        """The network's own weights."""
+        sides = [self.space.flatten(side) for side in self.space.sides]
+        return {"factor": torch.cat(sides).detach()}
+
     def draw(self) -> Tensor:
         """Draw the weights, ``K`` (``B x K`` when drawn per example)."""
         size = sum(int(self.space.widths(side).sum()) for side in self.space.sides)
-        value: Tensor = pyro.sample("factor", self.prior.distribution(size))
+        value: Tensor = self.prior.sample("factor", size)
         return value
 
     def bind(self, value: Tensor) -> AbstractContextManager[None]:

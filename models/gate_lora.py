@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lrvd_pyro.likelihoods import Categorical, Likelihood
 from lrvd_pyro.models.base import RankModel, check_num_data
-from lrvd_pyro.priors import LogUniform, Prior, check_prior
+from lrvd_pyro.prior_contract import check_prior
+from lrvd_pyro.priors import LogUniform, Prior
 from lrvd_pyro.rank_space import RankSpace
 
 
@@ -43,8 +44,7 @@ class GateLoRA(RankModel):
     Raises:
         TypeError: If ``net`` is no PEFT model, a layer cannot be gated, or ``num_data``
             is missing.
-        ValueError: If the adapter is ambiguous, or on first use if the prior breaks
-            its contract.
+        ValueError: If the adapter is ambiguous, or the prior breaks its contract.
 
     Source: Doyle, Chan, Hu and Leontjeva (2026, arXiv 2506.22809), as its theory
     states it.
@@ -64,13 +64,11 @@ class GateLoRA(RankModel):
         super().__init__(RankSpace(net, adapter), likelihood or Categorical(), size)
         self.prior = prior or LogUniform()
         self.weight_prior = weight_prior
-        self._prior_names_gate: bool | None = None
+        self._prior_names_gate = check_prior(self.prior, self.space)
 
     def draw(self) -> Tensor:
         """Draw the gates, ``R`` (``B x R`` when drawn per example)."""
-        if self._prior_names_gate is None:
-            self._prior_names_gate = check_prior(self.prior, self.space)
-        gate = self.prior(self.space)
+        gate: Tensor = self.prior(self.space)
         if not self._prior_names_gate:
             gate = pyro.deterministic("gate", gate, event_dim=1)
         if self.weight_prior is not None:

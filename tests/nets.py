@@ -1,7 +1,10 @@
-"""Small real networks and batches for the tests."""
+"""Small real networks and batches, and what the tests do to a RankSpace."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -13,7 +16,10 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
+from lrvd_pyro import RankSpace
+
 CLASSES = 3
+RAGGED = {"rank_pattern": {"hidden": 2}, "alpha_pattern": {"hidden": 3}}
 
 
 def lora(net: nn.Module, *, randomise: bool = True, **config: Any) -> PeftModel:
@@ -136,3 +142,51 @@ def regression(features: int = 5, r: int = 3, outputs: int = 1) -> PeftModel:
     return lora(
         Regression(features, outputs), r=r, lora_alpha=r, target_modules=["linear"]
     )
+
+
+@contextmanager
+def folded(space: RankSpace, gate: Tensor, side: str) -> Iterator[None]:
+    """The gates multiplied into the weights, for as long as the block lasts."""
+    weights = space.weights(side)
+    before = [w.detach().clone() for w in weights]
+    with torch.no_grad():
+        for w, z in zip(weights, space.split(gate).values()):
+            w *= z.view(-1, *[1] * (w.dim() - (1 if side == "lora_A" else 2)))
+    yield
+    with torch.no_grad():
+        for w, old in zip(weights, before):
+            w.copy_(old)
+
+
+@contextmanager
+def replaced(space: RankSpace, value: Tensor) -> Iterator[None]:
+    """The network's own weights replaced by ``value``, laid out as by flatten."""
+    weights = [w for side in space.sides for w in space.weights(side)]
+    shapes = [(s, w.shape) for s in space.sides for w in space.weights(s)]
+    before = [w.detach().clone() for w in weights]
+    pieces = value.split([w.numel() for w in weights])
+    with torch.no_grad():
+        for w, piece, (side, (out, into)) in zip(weights, pieces, shapes):
+            by_row = side == "lora_A"
+            w.copy_(piece.view(out, into) if by_row else piece.view(into, out).T)
+    yield
+    with torch.no_grad():
+        for w, old in zip(weights, before):
+            w.copy_(old)
+
+
+def flat(space: RankSpace) -> Tensor:
+    """The network's own weights, laid out as drawn ones."""
+    return torch.cat([space.flatten(side) for side in space.sides]).detach()
+
+
+def hooks(net: nn.Module) -> int:
+    """How many forward hooks there are in the network."""
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in net.modules())
+
+
+def refused(space: RankSpace, message: str) -> None:
+    """Binding a gate raises an error with this message."""
+    with pytest.raises(RuntimeError, match=message):
+        with space.bind(torch.ones(space.size)):
+            pytest.fail("entered")

@@ -65,9 +65,22 @@ def too_short(space: Any) -> Tensor:
     return pyro.sample("gate", dist.Normal(torch.zeros(2), 1.0).to_event(1))
 
 
+def not_a_number(space: Any) -> Tensor:
+    z = pyro.sample("z", dist.Normal(torch.zeros(space.size), 1.0).to_event(1))
+    return z.abs().neg().log()
+
+
+def bare_parameter(space: Any) -> Tensor:
+    scale = pyro.param("scale", torch.ones(space.size))
+    zero = torch.zeros(space.size)
+    return pyro.sample("gate", dist.Normal(zero, scale).to_event(1))
+
+
 @pytest.mark.parametrize(
     ("prior", "problem"),
     [
+        (not_a_number, r"the gate is NaN"),
+        (bare_parameter, r"'scale' is a pyro.param; make the prior a PyroModule"),
         (scalar_scale, r"it fails on a batch|'scale' has 0 event dimensions"),
         (plain_index, r"it fails on a batch|gate has shape"),
         (plated, r"'gate' stands in a plate"),
@@ -78,9 +91,8 @@ def too_short(space: Any) -> Tensor:
 def test_a_breach_of_the_priors_contract_shows_the_contract(
     prior: Any, problem: str
 ) -> None:
-    model = GateLoRA(bert(), prior=prior, num_data=60)
     with pytest.raises(ValueError, match=problem) as error:
-        model(**tokens())
+        GateLoRA(bert(), prior=prior, num_data=60)
     assert "one event dimension: .to_event(1)" in str(error.value)
 
 
@@ -97,11 +109,10 @@ def indexed_at_equal_sizes(space: Any) -> Tensor:
 
 @pytest.mark.parametrize(("prior", "r"), [(normalised, 3), (indexed_at_equal_sizes, 2)])
 def test_a_prior_that_mixes_examples_is_found_out(prior: Any, r: int) -> None:
-    model = GateLoRA(regression(r=r), prior=prior, num_data=9, likelihood=Normal())
     with pytest.raises(
         ValueError, match="draws of other examples|fails on a batch of 3"
     ):
-        model(x=torch.randn(4, 5))
+        GateLoRA(regression(r=r), prior=prior, num_data=9, likelihood=Normal())
 
 
 def test_several_draws_at_once_are_refused_outside_the_elbo() -> None:

@@ -66,7 +66,7 @@ def test_gate_noise_has_covariance_b_diag_alpha_ax2_bt() -> None:
 
     def spread(x: Tensor, count: int = 20_000) -> Tensor:
         with torch.no_grad(), lrvd.noise.PerExample(count):
-            gates = guide()
+            gates = guide()["gate"]
         with torch.no_grad(), model.bind(gates):
             return torch.cov(net(x.expand(count, -1)).T)
 
@@ -85,7 +85,7 @@ def test_rows_of_a_take_gaussian_noise_with_one_scale_per_rank() -> None:
     guide = RankDiagonal(model)
     with torch.no_grad():
         guide.log_variance.copy_(torch.tensor([-2.0, 0.0, 1.0]))
-    draws = torch.stack([guide() for _ in range(4000)]).view(-1, 3, 5)
+    draws = torch.stack([guide()["factor"] for _ in range(4000)]).view(-1, 3, 5)
     A = net.base_model.model.linear.lora_A.default.weight
     torch.testing.assert_close(draws.mean(0), A, rtol=0, atol=0.15)
     scales = draws.std(0).mean(1)

@@ -1,4 +1,4 @@
-"""The log-uniform distribution, and closed-form KL divergences in nats."""
+"""The improper log-uniform distribution, and its KL divergences in nats."""
 
 import math
 from functools import cache
@@ -7,8 +7,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 from pyro.distributions import Normal, TorchDistribution, constraints
+from pyro.poutine.condition_messenger import ConditionMessenger
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import register_kl
+
+from lrvd_pyro import mcmc
 
 # log p(z) = -log|z| - LOG_UNIFORM_CONSTANT makes KL(N(1, a) || p) -> 0 as a -> inf.
 LOG_UNIFORM_CONSTANT = 0.5 * (1 + math.log(2 * math.pi) + np.euler_gamma + math.log(2))
@@ -46,7 +50,23 @@ class LogUniform(TorchDistribution):
         return cast(LogUniform, new)
 
     def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Ones: a finite placeholder, no draw."""
+        """Ones: a finite placeholder, no draw.
+
+        Raises:
+            ValueError: Where a draw is wanted: by MCMC, or by `pyro.infer.Predictive`
+                without guide or samples (it conditions on nothing).
+        """
+        if mcmc.is_running():
+            raise ValueError(
+                "LogUniform is improper, so that there is no posterior for MCMC to "
+                "sample; choose a proper prior: priors.Normal()"
+            )
+        if any(isinstance(h, ConditionMessenger) and not h.data for h in _PYRO_STACK):
+            raise ValueError(
+                "LogUniform is improper and has no prior predictive; pass "
+                "Predictive(model, guide=guide, ...), or choose a proper prior: "
+                "priors.Normal()"
+            )
         return torch.ones(self._extended_shape(torch.Size(sample_shape)))
 
     def log_prob(self, value: Tensor) -> Tensor:

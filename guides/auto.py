@@ -1,0 +1,110 @@
+"""Pyro's AutoGuides, started where the network is the trained LoRA: at gate 1.
+
+Their own defaults put the gate at 0, where B gets no gradient.
+"""
+
+from typing import Any, Literal
+
+import torch
+from pyro import distributions as dist
+from pyro.distributions import transforms as T
+from pyro.distributions.torch_transform import ComposeTransformModule
+from pyro.infer.autoguide import (
+    AutoDelta,
+    AutoLaplaceApproximation,
+    AutoLowRankMultivariateNormal,
+    AutoMultivariateNormal,
+    AutoNormalizingFlow,
+    init_to_value,
+)
+from torch.distributions import biject_to
+
+from lrvd_pyro.guides.laplace import FisherLaplace
+from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.naming import give_own_name
+
+LARGEST = 4096  # latent components of a full covariance
+
+
+def delta(model: RankModel) -> AutoDelta:
+    """A point estimate of all latent sites (MAP), for priors with a mode."""
+    return give_own_name(AutoDelta(model, init_loc_fn=_start(model)))
+
+
+def multivariate_normal(
+    model: RankModel, *, init_scale: float = 0.1
+) -> AutoMultivariateNormal:
+    """A Gaussian with full covariance over the unconstrained latents, L^2 parameters.
+
+    Raises:
+        ValueError: If there are more than 4,096 latent components.
+    """
+    size = sum(value.numel() for value in model.start().values())
+    if size > LARGEST:
+        raise ValueError(
+            f"a full covariance over {size} latent components takes "
+            f"{size**2 * 4 / 2**30:.2g} GiB, and its optimiser thrice; use "
+            f"low_rank_multivariate_normal(model, rank=16)"
+        )
+    return give_own_name(
+        AutoMultivariateNormal(model, init_loc_fn=_start(model), init_scale=init_scale)
+    )
+
+
+def low_rank_multivariate_normal(
+    model: RankModel, *, rank: int = 8, init_scale: float = 0.1
+) -> AutoLowRankMultivariateNormal:
+    """A Gaussian over the unconstrained latents with covariance ``D + W W^T``.
+
+    D is diagonal and W has ``rank`` columns.
+    """
+    guide = AutoLowRankMultivariateNormal(
+        model, init_loc_fn=_start(model), init_scale=init_scale, rank=rank
+    )
+    return give_own_name(guide)
+
+
+def iaf(
+    model: RankModel, *, hidden_dim: int = 32, init_scale: float = 0.1
+) -> AutoNormalizingFlow:
+    """One inverse autoregressive flow over the unconstrained latents.
+
+    Source: Kingma, Salimans, Jozefowicz et al. (2016, arXiv 1606.04934).
+    """
+    start = {
+        name: biject_to(site.support).inv(model.start()[name]).reshape(-1)
+        for name, site in model.latent_sites().items()
+    }
+    loc = torch.cat(list(start.values()))
+
+    def flow(size: int) -> Any:
+        nets: Any = T.affine_autoregressive
+        autoregressive = nets(size, hidden_dims=[hidden_dim])
+        affine = dist.transforms.AffineTransform(loc, init_scale)
+        return ComposeTransformModule([autoregressive.to(loc), affine])
+
+    return give_own_name(AutoNormalizingFlow(model, flow))
+
+
+def laplace(
+    model: RankModel, *, curvature: Literal["fisher", "hessian"] = "fisher"
+) -> AutoLaplaceApproximation:
+    """A point estimate that `laplace_approximation` turns into a Gaussian.
+
+    With "fisher" by `FisherLaplace`; with "hessian" by Pyro's own, which needs second
+    derivatives of the whole network: load it with ``attn_implementation="eager"``.
+
+    Raises:
+        ValueError: If ``curvature`` is neither.
+    """
+    kinds: dict[str, Any] = {
+        "fisher": FisherLaplace,
+        "hessian": AutoLaplaceApproximation,
+    }
+    if curvature not in kinds:
+        raise ValueError(f'curvature={curvature!r}; expected "fisher" or "hessian"')
+    return give_own_name(kinds[curvature](model, init_loc_fn=_start(model)))
+
+
+def _start(model: RankModel) -> Any:
+    return init_to_value(values=model.start())
