@@ -225,7 +225,7 @@ def rank_picture(guide: RankDiagonal, r: int) -> str:
     return bars.to_string()
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def options() -> argparse.ArgumentParser:
     """The options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -238,12 +238,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--epochs", type=int, default=6, help="passes over the training data; 6")
     add("--seed", type=int, default=0, help="of split, head and noise; 0")
     add("--device", default="cpu", help="torch device; cpu")
-    return parser.parse_args(argv)
+    return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train both ways and print what came of it."""
-    args = parse(argv)
+    args = options().parse_args(argv)
     logging.set_verbosity_error()  # a new head on a pretrained network is no news
     logging.disable_progress_bar()
     task = load_task(args)

@@ -65,9 +65,12 @@ def low_rank_multivariate_normal(
 
 
 def iaf(
-    model: RankModel, *, hidden_dim: int = 32, init_scale: float = 0.1
+    model: RankModel, *, hidden_dim: int | None = None, init_scale: float = 0.1
 ) -> AutoNormalizingFlow:
-    """One inverse autoregressive flow over the unconstrained latents.
+    """One inverse autoregressive flow over the L unconstrained latents.
+
+    Its network has one layer of ``hidden_dim`` units, at least and by default L: O(L^2)
+    parameters.
 
     Source: Kingma, Salimans, Jozefowicz et al. (2016, arXiv 1606.04934).
     """
@@ -79,7 +82,7 @@ def iaf(
 
     def flow(size: int) -> Any:
         nets: Any = T.affine_autoregressive
-        autoregressive = nets(size, hidden_dims=[hidden_dim])
+        autoregressive = nets(size, hidden_dims=[hidden_dim or size])
         affine = dist.transforms.AffineTransform(loc, init_scale)
         return ComposeTransformModule([autoregressive.to(loc), affine])
 
@@ -97,13 +100,11 @@ def laplace(
     Raises:
         ValueError: If ``curvature`` is neither.
     """
-    kinds: dict[str, Any] = {
-        "fisher": FisherLaplace,
-        "hessian": AutoLaplaceApproximation,
-    }
-    if curvature not in kinds:
+    if curvature not in ("fisher", "hessian"):
         raise ValueError(f'curvature={curvature!r}; expected "fisher" or "hessian"')
-    return give_own_name(kinds[curvature](model, init_loc_fn=_start(model)))
+    family: Any = FisherLaplace if curvature == "fisher" else AutoLaplaceApproximation
+    guide: AutoLaplaceApproximation = family(model, init_loc_fn=_start(model))
+    return give_own_name(guide)
 
 
 def _start(model: RankModel) -> Any:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from pyro import poutine
 from pyro.infer.autoguide import AutoLaplaceApproximation, AutoMultivariateNormal
 from torch import Tensor
 from torch.autograd.functional import hessian, jacobian
@@ -64,7 +65,8 @@ class FisherLaplace(AutoLaplaceApproximation):
                 f"multivariate_normal(model)"
             )
         scale = covariance.diagonal().sqrt()
-        guide = give_own_name(AutoMultivariateNormal(self._ranks[0]))
+        latents_only = poutine.block(self._ranks[0], hide=["labels"])
+        guide = give_own_name(AutoMultivariateNormal(latents_only))
         guide(**batches[0])
         buffers = {
             "loc": loc,

@@ -90,7 +90,7 @@ def divergence(
         term = weights[name] * scaled_log_prob(guide_site)
         if name not in auxiliary:
             term = term - weights[name] * scaled_log_prob(model_sites[name])
-        if name in auxiliary or not isinstance(guide_site["fn"], Delta):
+        if family(guide_site["fn"]) != Delta.__name__:
             p = family(model_sites[name]["fn"]) if name in model_sites else "..."
             estimated[name] = f"{family(guide_site['fn'])} || {p}"
         kl[entry] = kl[entry] + term if entry in kl else term
@@ -200,22 +200,41 @@ def _equal(one: Any, other: Any) -> bool:
 def _refuse_unbounded(
     model_sites: dict[str, Site], guide_sites: dict[str, Site], auxiliary: set[str]
 ) -> None:
-    """KL(q || 1/|z|) falls without bound for a point mass, or a positive q near 0."""
+    """Raise for pairs whose KL has no minimum.
+
+    KL(q || 1/|z|) falls without bound for a point mass, or a positive q near 0; so does
+    that of a point mass from a density whose scale can shrink with it.
+    """
     for name, site in model_sites.items():
-        if family(site["fn"]) != LogUniform.__name__:
-            continue
         drawn = {name}
         if auxiliary and isinstance(guide_sites[name]["fn"], Delta):
             drawn = auxiliary
-        others = {family(guide_sites[n]["fn"]) for n in drawn} - GAUSSIAN
+        families = {family(guide_sites[n]["fn"]) for n in drawn}
         if drawn == auxiliary and _point_masses(guide_sites, auxiliary):
-            others.add("Delta")
-        if others:
+            families.add("Delta")
+        reason = ""
+        if family(site["fn"]) == LogUniform.__name__ and families - GAUSSIAN:
+            reason = "a log-uniform prior"
+        elif families == {"Delta"} and _shrinks(site["fn"], in_logs=drawn == auxiliary):
+            reason = "a prior with a learned or latent scale"
+        if reason:
             raise ValueError(
-                f"site {name!r} has a log-uniform prior, under which the KL of "
-                f"{sorted(others)} has no minimum; use a Gaussian guide, "
-                f"RankDiagonal(model), or a proper prior"
+                f"site {name!r} has {reason}, under which the KL of "
+                f"{sorted(families - GAUSSIAN)} has no minimum; use a Gaussian guide, "
+                f"RankDiagonal(model), or another proper prior"
             )
+
+
+def _shrinks(p: Any, *, in_logs: bool) -> bool:
+    """Whether a density grows without bound as its scale and a point fall to 0.
+
+    In the logarithm of a positive site it does not.
+    """
+    base = p.base_dist if isinstance(p, Independent) else p
+    scale = getattr(base, "scale", None)
+    if in_logs and base.support is not constraints.real:
+        return False
+    return isinstance(scale, Tensor) and scale.requires_grad
 
 
 def _point_masses(guide_sites: dict[str, Site], auxiliary: set[str]) -> bool:

@@ -3,6 +3,7 @@
 import inspect
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 
 def is_running() -> bool:
@@ -27,7 +28,7 @@ def check(net: nn.Module, size: int, num_data: int) -> None:
             f"which would sample a tempered posterior; pass all data: "
             f"MCMC(NUTS(model), ...).run(**whole), num_data=len(whole['labels'])"
         )
-    dropout = (m for m in net.modules() if isinstance(m, nn.Dropout) and m.training)
+    dropout = (m for m in net.modules() if isinstance(m, _DropoutNd) and m.training)
     if any(m.p > 0 for m in dropout):
         raise ValueError(
             "MCMC runs a network whose dropout is on, so that its density is random; "

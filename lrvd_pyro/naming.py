@@ -10,7 +10,20 @@ from torch import nn
 _numbers = itertools.count()
 
 
-class UniqueModule(PyroModule):
+class FreezableModule(PyroModule):
+    """A PyroModule whose frozen parameters stay frozen.
+
+    Pyro's store sets ``requires_grad`` of whatever it registers, on first use.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        parameter = self.__dict__.get("_parameters", {}).get(name)
+        if parameter is not None and not parameter.requires_grad:
+            return parameter
+        return super().__getattr__(name)
+
+
+class UniqueModule(FreezableModule):
     """A root PyroModule under a name that no other object of this process bears.
 
     Pyro's store keeps parameters by name; a second root of the same name would be
@@ -39,7 +52,7 @@ class UniqueModule(PyroModule):
                 del store[name]
 
 
-Root = TypeVar("Root", bound=PyroModule)
+Root = TypeVar("Root", bound=nn.Module)
 
 
 def give_own_name(root: Root) -> Root:
@@ -48,11 +61,12 @@ def give_own_name(root: Root) -> Root:
     For Pyro's AutoGuides, which all bear the name of their class, before their first
     call.
     """
-    root._pyro_set_supermodule(_new_name(root), root._pyro_context)
+    pyro_root: Any = root
+    pyro_root._pyro_set_supermodule(_new_name(root), pyro_root._pyro_context)
     return root
 
 
-def _new_name(root: PyroModule) -> str:
+def _new_name(root: nn.Module) -> str:
     return f"{type(root).__name__}_{next(_numbers)}"
 
 

@@ -40,6 +40,8 @@ def check_prior(prior: Prior, space: RankSpace) -> bool:
                 except (RuntimeError, ValueError, IndexError) as error:
                     raise _breach(f"it fails on a batch of {batch}: {error}") from error
         _check_sites(prior, run.trace)
+        if not isinstance(gate, Tensor):
+            raise _breach(f"it returns {gate!r}; expected the gate, a tensor")
         if gate.shape != (batch, space.size):
             raise _breach(
                 f"the gate has shape {tuple(gate.shape)} on a batch of {batch}; "
@@ -47,6 +49,9 @@ def check_prior(prior: Prior, space: RankSpace) -> bool:
             )
         if gate.isnan().any():
             raise _breach("the gate is NaN")
+        nodes: dict[str, Any] = run.trace.nodes
+        if "gate" in nodes and not torch.equal(nodes["gate"]["value"], gate):
+            raise _breach("the site 'gate' is not what it returns; rename the site")
         _check_rows(prior, space, gate, divergence.latent_sites(run.trace))
     return "gate" in run.trace.nodes
 

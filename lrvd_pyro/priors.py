@@ -25,10 +25,10 @@ from typing import Any, Literal
 import pyro
 import torch
 from pyro import distributions as dist
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from lrvd_pyro import distributions
+from lrvd_pyro.naming import FreezableModule
 from lrvd_pyro.rank_space import Level, RankSpace
 
 Prior = Callable[[RankSpace], Tensor]
@@ -86,7 +86,7 @@ class TruncatedLogUniform:
     """
 
     def __init__(self, low: float = -20.0, high: float = 2.0) -> None:
-        if not low < 0 < high:
+        if not -math.inf < low < 0 < high < math.inf:
             raise ValueError(
                 f"low={low}, high={high}; expected bounds of log z around 0, where "
                 f"guides start: TruncatedLogUniform(-20.0, 2.0)"
@@ -118,7 +118,7 @@ class Normal:
         return _sample("gate", dist.Normal(zero, self.scale))
 
 
-class ARD(PyroModule):
+class ARD(FreezableModule):
     """Gates ~ Normal(0, sqrt(gamma_i)), with gamma learned as part of the model.
 
     Automatic relevance determination. Proper given gamma. At the best gamma,
@@ -192,6 +192,10 @@ class Horseshoe:
         self.scale = _positive("scale", scale)
         self.levels = tuple(levels)
         self.slab = None if slab is None else _positive("slab", slab)
+        self.start: dict[str, float] = {}
+        if self.slab is not None and self.slab > 1:  # where the gate is 1
+            lowest = f"{self.levels[-1]}_scale"
+            self.start[lowest] = 1 / math.sqrt(1 - self.slab**-2)
 
     def __call__(self, space: RankSpace) -> Tensor:
         gate = torch.ones(space.size, device=space.device)
@@ -203,6 +207,7 @@ class Horseshoe:
             scale = 1.0
         if self.slab is None:
             return gate
+        gate = gate.clamp(max=1e9 * self.slab)  # no product overflows, none changes
         return gate / torch.hypot(torch.ones_like(gate), gate / self.slab)
 
 

@@ -5,22 +5,29 @@ from typing import Any
 import pyro
 import pytest
 import torch
-from nets import bert, tokens
+from nets import bert, lora, tokens
 from pyro import distributions as dist
+from pyro import poutine
 from pyro.infer import SVI, TraceMeanField_ELBO
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoDiagonalNormal,
     AutoIAFNormal,
+    AutoLaplaceApproximation,
     AutoLowRankMultivariateNormal,
     AutoMultivariateNormal,
     AutoNormal,
     init_to_value,
 )
+from test_matrix import PRIORS
+from torch import Tensor
 from toys import FEATURES, LABELS, B, R, flat_model
 
 import lrvd_pyro as lrvd
+from lrvd_pyro import guides
 from lrvd_pyro.models import GateLoRA
+from lrvd_pyro.noise import PerExample
+from lrvd_pyro.priors import Normal
 
 
 def lognormal_model(**batch: Any) -> None:
@@ -90,3 +97,77 @@ def test_gaussian_autoguides_train_under_the_log_uniform(auto: Any) -> None:
     svi.step(**tokens())
     after = [p for p in model.parameters() if p.requires_grad]
     assert not any(torch.equal(a, b) for a, b in zip(before, after))
+
+
+CONSTRUCTORS = ["delta", "multivariate_normal", "low_rank_multivariate_normal", "iaf"]
+CONSTRUCTORS += ["laplace"]
+PYROS = [AutoDelta, AutoMultivariateNormal, AutoLowRankMultivariateNormal]
+PYROS += [AutoNormal, AutoDiagonalNormal, AutoIAFNormal, AutoLaplaceApproximation]
+
+
+@pytest.mark.parametrize("constructor", CONSTRUCTORS)
+@pytest.mark.parametrize("prior", PRIORS)
+def test_every_constructor_starts_every_prior_at_gate_one(
+    prior: str, constructor: str
+) -> None:
+    model = GateLoRA(bert(), prior=PRIORS[prior](), num_data=60)
+    guide = getattr(guides, constructor)(model)
+    guide(**tokens())  # makes its parameters
+    with poutine.trace() as run, PerExample(1000):
+        guide(**tokens())
+    draws = {name: run.trace.nodes[name]["value"] for name in model.latent_sites()}
+    median = model.value_at(draws).detach().quantile(0.5, 0)
+    torch.testing.assert_close(median, torch.ones(16), rtol=0, atol=0.1)
+
+
+def pull_on_b(model: GateLoRA, guide: Any) -> Tensor:
+    """B's expected gradient, in units of its gradient at gate 1: one for each rank.
+
+    At B = 0 the gradient of column i is linear in gate i.
+    """
+    batch = tokens()
+    weights = model.space.weights("lora_B")
+
+    def gradient(program: Any) -> list[Tensor]:
+        elbo = lrvd.RankELBO(num_particles=40)
+        loss = elbo.differentiable_loss(model, program, **batch)
+        return list(torch.autograd.grad(loss, weights))
+
+    def at_one(**batch: Any) -> None:
+        pyro.sample("gate", dist.Normal(torch.ones(16), 1e-9).to_event(1))
+
+    pairs = zip(gradient(guide), gradient(at_one))
+    return torch.cat([(g * g1).sum(0) / g1.square().sum(0) for g, g1 in pairs])
+
+
+@pytest.mark.filterwarnings("ignore:no closed form")
+@pytest.mark.filterwarnings("ignore:the likelihood has no gradient for the guide")
+@pytest.mark.parametrize("constructor", CONSTRUCTORS)
+def test_b_gets_its_whole_gradient_from_the_start(constructor: str) -> None:
+    model = GateLoRA(bert(randomise=False), prior=Normal(), num_data=60)
+    pull = pull_on_b(model, getattr(guides, constructor)(model))
+    torch.testing.assert_close(pull, torch.ones(16), rtol=0, atol=0.06)
+
+
+@pytest.mark.filterwarnings("ignore:no closed form")
+@pytest.mark.filterwarnings("ignore:the likelihood has no gradient for the guide")
+@pytest.mark.parametrize("auto", PYROS)
+def test_pyros_own_start_leaves_b_next_to_no_gradient(auto: Any) -> None:
+    model = GateLoRA(bert(randomise=False), prior=Normal(), num_data=60)
+    pull = pull_on_b(model, auto(model))
+    assert float(pull.mean().abs()) < 0.5
+
+
+def wide(r: int) -> GateLoRA:
+    net = lora(torch.nn.Sequential(torch.nn.Linear(4, 4)), target_modules=["0"], r=r)
+    return GateLoRA(net, num_data=60)
+
+
+def test_a_full_covariance_too_large_to_hold_is_refused_for_a_low_rank_one() -> None:
+    model = wide(4097)
+    with pytest.raises(
+        ValueError,
+        match=r"covariance over 4097 .* 0.063 GiB, .* low_rank_multivariate_normal",
+    ):
+        guides.multivariate_normal(model)
+    model.space.close()

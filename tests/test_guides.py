@@ -9,11 +9,14 @@ import torch
 from nets import bert, regression, tokens
 from pyro import distributions as dist
 from pyro.infer.autoguide import AutoNormal
+from test_matrix import PRIORS
 from torch import Tensor
 
 import lrvd_pyro as lrvd
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
+from lrvd_pyro.noise import PerExample
+from lrvd_pyro.priors import Horseshoe
 
 
 @pytest.mark.parametrize(
@@ -103,3 +106,64 @@ def test_other_models_and_learned_weights_are_refused() -> None:
         RankDiagonal(bert())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="learn_mean=True with FactorLoRA"):
         RankDiagonal(FactorLoRA(bert(), num_data=60), learn_mean=True)
+
+
+LEARN = pytest.mark.parametrize("learn_mean", [False, True])
+
+
+@LEARN
+@pytest.mark.parametrize("prior", PRIORS)
+def test_every_prior_starts_at_gate_one_with_small_noise(
+    prior: str, learn_mean: bool
+) -> None:
+    model = GateLoRA(bert(), prior=PRIORS[prior](), num_data=60)
+    guide = RankDiagonal(model, learn_mean=learn_mean)
+    error = 0.05 if prior == "SpikeSlab()" else 0.03
+    torch.testing.assert_close(
+        guide.mean().detach(), torch.ones(16), rtol=0, atol=error
+    )
+    assert (guide.log_alpha < -2.5).all()
+    if list(model.latent_sites()) == ["gate"]:
+        torch.testing.assert_close(guide.log_alpha, torch.full((16,), -4.0))
+
+
+BLOCKS = 64
+MANY_SITES = ["Horseshoe()", "Horseshoe(slab=2.0)", "Hierarchical()", "your own"]
+
+
+@pytest.mark.parametrize("prior", [*MANY_SITES, "SpikeSlab()", "TruncatedLogUniform()"])
+def test_mean_and_log_alpha_are_those_of_the_guides_own_draws(prior: str) -> None:
+    model = GateLoRA(bert(), prior=PRIORS[prior](), num_data=60)
+    guide = RankDiagonal(model, learn_mean=True)
+    with torch.no_grad():
+        guide.log_variance += torch.randn(len(guide.log_variance))
+        guide.loc += 0.3 * torch.randn(len(guide.loc))
+        with PerExample(BLOCKS * 4096):
+            gates = model.value_at(guide()).reshape(BLOCKS, 4096, 16)
+        means = gates.mean(1)
+        log_alphas = (gates.var(1) / means.square()).log()
+        centre = gates.flatten(0, 1).mean(0)
+        log_alpha = (gates.flatten(0, 1).var(0) / centre.square()).log()
+    exact = guide._is_product  # else the guide itself takes as many draws as a block
+    widen = 1 / BLOCKS if exact else 1 + 1 / BLOCKS
+    bound = 5 * math.sqrt(widen) * log_alphas.std(0)
+    assert ((guide.log_alpha - log_alpha).abs() < bound).all()
+    assert ((guide.mean() - centre).abs() < 5 * math.sqrt(widen) * means.std(0)).all()
+    assert exact == (prior not in ("Horseshoe(slab=2.0)", "SpikeSlab()"))
+    # the twin: the noise of the last site alone, where that is not the gate
+    (alone,) = [
+        q for n, q in guide.distributions().items() if n == [*guide.families][-1]
+    ]
+    wrong = (alone.variance / alone.mean.square()).log().detach()
+    if list(guide.families)[-1] != "gate":
+        assert not ((wrong - log_alpha).abs() < bound).all()
+
+
+def test_log_alpha_of_a_log_normal_gate_is_log_of_exp_v_minus_one() -> None:
+    model = GateLoRA(bert(), prior=Horseshoe(levels=("rank",)), num_data=60)
+    guide = RankDiagonal(model)
+    with torch.no_grad():
+        guide.log_variance.copy_(torch.linspace(-9.0, 1.5, 16))
+    expected = guide.log_variance.detach().exp().expm1().log()
+    torch.testing.assert_close(guide.log_alpha, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(guide.mean().detach(), torch.ones(16))

