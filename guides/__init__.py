@@ -12,7 +12,8 @@ from lrvd_pyro.guides.auto import (
     multivariate_normal,
 )
 from lrvd_pyro.guides.laplace import FisherLaplace
-from lrvd_pyro.guides.rank_diagonal import RankDiagonal, TiedDiagonal
+from lrvd_pyro.guides.rank_diagonal import RankDiagonal
+from lrvd_pyro.guides.tied_diagonal import TiedDiagonal
 
 __all__ = [
     "FisherLaplace",

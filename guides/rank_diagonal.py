@@ -1,5 +1,7 @@
 """The rank-wise diagonal guide."""
 
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import pyro
@@ -7,9 +9,10 @@ import torch
 from pyro import distributions as dist
 from torch import Tensor, nn
 
-from lrvd_pyro.guides.families import family_of, walled
+from lrvd_pyro.guides.families import Noise, PositiveNoise, family_of
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 from lrvd_pyro.naming import UniqueModule, check_registered
+from lrvd_pyro.surgery import Cuts, indices_kept, slice_tensors
 
 DRAWS = 4096  # for moments of gates that are no product of latent sites
 
@@ -46,6 +49,8 @@ class RankDiagonal(UniqueModule):
     """
 
     def __new__(cls, model: Any = None, **options: Any) -> "RankDiagonal":
+        from lrvd_pyro.guides.tied_diagonal import TiedDiagonal  # which imports this
+
         tied = cls is RankDiagonal and isinstance(model, FactorLoRA)
         guide: RankDiagonal = super().__new__(TiedDiagonal if tied else cls)
         return guide
@@ -92,12 +97,11 @@ class RankDiagonal(UniqueModule):
 
     def distributions(self) -> dict[str, dist.TorchDistribution]:
         """The posterior of each latent site, elementwise."""
-        sizes = {name: family.size for name, family in self.families.items()}
-        noise = torch.split(self.log_variance, list(sizes.values()))
-        learned = [size for name, size in sizes.items() if name not in self._held]
+        families, noise = self.families.items(), self.by_site(self.log_variance)
+        learned = [f.size for name, f in families if name not in self._held]
         locs = iter(() if self.loc is None else torch.split(self.loc, learned))
         posteriors = {}
-        for (name, family), log_variance in zip(self.families.items(), noise):
+        for (name, family), log_variance in zip(families, noise):
             if name in self._held:
                 loc = family.to_loc(self._held[name].to(log_variance.device))
             else:
@@ -124,13 +128,29 @@ class RankDiagonal(UniqueModule):
             if not self._is_product:
                 gate = self._draws()
                 return (gate.var(0) / gate.mean(0).square()).log()
-            spread, one = {}, {}
-            for name, q in self.distributions().items():
-                mean, variance = q.mean.double(), q.variance.double()
-                spread[name] = 1 + variance / mean.square()
-                one[name] = torch.ones_like(mean)
-            ratio = self._gate_at(spread) / self._gate_at(one)
-            return (ratio - 1).log().to(self.log_variance.dtype)
+            return self.noise_ratio().log().to(self.log_variance.dtype)
+
+    def noise_ratio(self) -> Tensor:
+        """Alpha with its graph, (R,).
+
+        Raises:
+            TypeError: If the gate is no product of latent sites.
+        """
+        if not self._is_product:
+            raise TypeError(
+                f"the gate is no product of the latent sites {sorted(self.families)}, "
+                f'so that its noise has no closed form; prune by criterion="log_alpha"'
+            )
+        spread, one = {}, {}
+        for name, q in self.distributions().items():
+            mean, variance = q.mean.double(), q.variance.double()
+            spread[name] = 1 + variance / mean.square()
+            one[name] = torch.ones_like(mean)
+        return self._gate_at(spread) / self._gate_at(one) - 1
+
+    def by_site(self, vector: Tensor) -> tuple[Tensor, ...]:
+        """A vector laid out as ``log_variance``, cut into latent sites."""
+        return torch.split(vector, [f.size for f in self.families.values()])
 
     @property
     def effective_rank(self) -> Tensor:
@@ -142,6 +162,39 @@ class RankDiagonal(UniqueModule):
         """The effective rank of each LoRA module."""
         kept = torch.sigmoid(-self.log_alpha)
         return {name: float(k.sum()) for name, k in self.space.split(kept).items()}
+
+    def cuts(self, keep: Tensor) -> Cuts:
+        """What `select` would slice, all checked and nothing done."""
+        rows = self._rows(keep)
+        cuts: Cuts = {self.log_variance: (0, _joined(rows, self.families))}
+        if self.loc is not None:
+            learned = {n: f for n, f in self.families.items() if n not in self._held}
+            cuts[self.loc] = 0, _joined(rows, learned)
+        return cuts
+
+    def select(self, keep: Tensor) -> None:
+        """Forget the rank components where ``keep`` (R,) is False, in place.
+
+        To be called before `RankSpace.select`; `lrvd_pyro.pruning.select` does both.
+
+        Raises:
+            TypeError: If a latent site has neither one component, nor R, nor one per
+                module, layer or type under a name that says so.
+        """
+        rows = self._rows(keep)
+        slice_tensors(self.cuts(keep))
+        self.families = {n: _narrowed(f, rows[n]) for n, f in self.families.items()}
+        self._held = {n: v[rows[n].to(v.device)] for n, v in self._held.items()}
+
+    def sizes_after(self, keep: Tensor) -> dict[str, int]:
+        """How many components each latent site would have after `select`."""
+        return {name: len(index) for name, index in self._rows(keep).items()}
+
+    def _rows(self, keep: Tensor) -> dict[str, Tensor]:
+        return {
+            name: indices_kept(self.space, keep, name, family.size)
+            for name, family in self.families.items()
+        }
 
     def _powers(self, start: dict[str, Tensor]) -> dict[str, int | None]:
         """The power, 0 or 1, of each site in the gate; None where it has none."""
@@ -164,55 +217,15 @@ class RankDiagonal(UniqueModule):
             return self._gate_at({n: q.sample((DRAWS,)) for n, q in posteriors})
 
 
-class TiedDiagonal(RankDiagonal):
-    """`RankDiagonal` for `FactorLoRA`: one variance per rank component of the weights.
+def _joined(rows: dict[str, Tensor], families: dict[str, Noise]) -> Tensor:
+    """Indices into the vectors of sites as indices into all of them joined."""
+    starts = accumulate((f.size for f in families.values()), initial=0)
+    return torch.cat([start + rows[name] for name, start in zip(families, starts)])
 
-    The means are the network's own weights, parameters of the model; the guide has
-    ``log_variance`` (R,) alone.
-    """
 
-    bounds = (-20.0, 2.0)
-
-    def __init__(
-        self,
-        model: FactorLoRA,
-        *,
-        learn_mean: bool = False,
-        init_log_alpha: float = -4.0,
-    ) -> None:
-        UniqueModule.__init__(self)
-        if learn_mean:
-            raise TypeError(
-                "learn_mean=True with FactorLoRA: its means are the network's own "
-                "weights, which train already; use RankDiagonal(model)"
-            )
-        self.space = model.space
-        each = torch.arange(self.space.size)
-        sides = [each.repeat_interleave(self.space.widths(s)) for s in self.space.sides]
-        owner = torch.cat(sides).to(self.space.device)
-        self.register_buffer("owner", owner, persistent=False)
-        self.log_variance = nn.Parameter(init_log_alpha + self._log_signal().detach())
-
-    def distributions(self) -> dict[str, dist.TorchDistribution]:
-        """The posterior of each weight, (K,)."""
-        scale = torch.exp(0.5 * walled(self.log_variance, *self.bounds))[self.owner]
-        loc = self.mean().to(scale.dtype)
-        return {"factor": dist.Normal(loc, scale, validate_args=False)}
-
-    def mean(self) -> Tensor:
-        """The network's own weights, as `RankSpace.flatten` lays them out, (K,)."""
-        return torch.cat([self.space.flatten(side) for side in self.space.sides])
-
-    @property
-    def log_alpha(self) -> Tensor:
-        """``log(sigma_i^2 d / ||a_i||^2)`` of each rank component, (R,)."""
-        with torch.no_grad():
-            return self.log_variance.clamp(*self.bounds) - self._log_signal()
-
-    def _log_signal(self) -> Tensor:
-        """Log of the mean square of the weights of each rank component."""
-        squares = torch.zeros(self.space.size, device=self.space.device)
-        elements = self.mean().detach().to(squares.dtype)
-        squares = squares.index_add(0, self.owner, elements.square())
-        log: Tensor = (squares / self.owner.bincount()).log()
-        return log
+def _narrowed(family: Noise, index: Tensor) -> Noise:
+    if not isinstance(family, PositiveNoise) or family.bounds is None:
+        return replace(family, size=len(index))
+    index = index.to(family.bounds[0].device)
+    low, high = (bound.expand(family.size)[index] for bound in family.bounds)
+    return replace(family, size=len(index), bounds=(low, high))

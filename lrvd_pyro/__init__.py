@@ -3,12 +3,16 @@
 from lrvd_pyro import distributions, guides, likelihoods, models, optim, priors
 from lrvd_pyro.elbo import RankELBO, linear_warmup
 from lrvd_pyro.predict import posterior_mean, posterior_sample, predict
+from lrvd_pyro.pruning import prune
+from lrvd_pyro.rank_schedule import RankHistory, RankSchedule
 from lrvd_pyro.rank_space import RankSpace
 
 __version__ = "0.1.0"
 
 __all__ = [
     "RankELBO",
+    "RankHistory",
+    "RankSchedule",
     "RankSpace",
     "distributions",
     "guides",
@@ -20,4 +24,5 @@ __all__ = [
     "posterior_sample",
     "predict",
     "priors",
+    "prune",
 ]

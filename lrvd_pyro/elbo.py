@@ -15,20 +15,18 @@ from pyro.infer.util import zero_grads
 from pyro.poutine import Trace
 from torch import Tensor
 
-from lrvd_pyro.divergence import divergence, latent_sites, scaled_log_prob
+from lrvd_pyro.divergence import divergence, scaled_log_prob
 from lrvd_pyro.naming import check_name_is_free
 from lrvd_pyro.noise import Multiplicities, PerExample, batch_size
+from lrvd_pyro.reach import (
+    NO_GRADIENT,
+    NO_NOISE,
+    hierarchy,
+    parameters,
+    warn_of_unreached,
+)
 
 Terms = dict[str, Any]
-
-NO_NOISE = (
-    "the likelihood has no gradient for the guide's parameters {}: the noise is off, "
-    "and the KL alone would train them"
-)
-NO_GRADIENT = (
-    "the loss has no gradient for the model's parameters {}: they stay as they are; "
-    "was the guide built on this model?"
-)
 
 
 def linear_warmup(steps: int) -> Callable[[int], float]:
@@ -202,11 +200,11 @@ class RankELBO(TraceMeanField_ELBO):
             loss = weight * prior - observed.get("log_likelihood", 0.0)
             if "log_likelihood" in observed and torch.is_grad_enabled():
                 if not self._reach_checked:
-                    fit = observed["log_likelihood"] + _hierarchy(model_trace)
-                    _warn_of_unreached(fit, guide_trace, NO_NOISE)
-                    _warn_of_unreached(loss, model_trace, NO_GRADIENT)
+                    fit = observed["log_likelihood"] + hierarchy(model_trace)
+                    warn_of_unreached(fit, guide_trace, NO_NOISE)
+                    warn_of_unreached(loss, model_trace, NO_GRADIENT)
                 self._reach_checked = True
-            yield loss / self.num_particles, _parameters(model_trace, guide_trace)
+            yield loss / self.num_particles, parameters(model_trace, guide_trace)
         self.terms = terms | {
             "kl": divergences,
             "kl_weight": torch.tensor(weight),
@@ -254,27 +252,6 @@ class RankELBO(TraceMeanField_ELBO):
             )
 
 
-def _warn_of_unreached(result: Tensor, trace: Trace, message: str) -> None:
-    """Name the parameters in ``trace`` that ``result`` does not depend on."""
-    reached = _leaves(result)
-    unreached = [
-        name
-        for name, parameter in _parameters(trace).items()
-        if parameter.requires_grad and parameter not in reached
-    ]
-    if unreached:
-        warnings.warn(message.format(unreached), stacklevel=2)
-
-
-def _hierarchy(trace: Trace) -> Tensor:
-    """A function of the draws that other draws' densities depend on."""
-    densities = [
-        site["fn"].log_prob(site["value"].detach()).sum()
-        for site in latent_sites(trace).values()
-    ]
-    return torch.stack(densities).sum() if densities else torch.zeros(())
-
-
 def _observed(trace: Trace) -> dict[str, Tensor]:
     """The log likelihood and the weight prior, where there is one."""
     terms: dict[str, Any] = {}
@@ -288,32 +265,6 @@ def _observed(trace: Trace) -> dict[str, Tensor]:
         entry = "weight_prior" if is_prior else "log_likelihood"
         terms[entry] = terms.get(entry, 0.0) + scaled_log_prob(site)
     return terms
-
-
-def _parameters(*traces: Trace) -> dict[str, Tensor]:
-    """The unconstrained parameters that programs read, by name."""
-    found: dict[str, Any] = {}
-    for trace in traces:
-        for name, site in trace.nodes.items():
-            if site["type"] == "param":
-                value = site["value"]
-                get = getattr(value, "unconstrained", None)
-                found[name] = value if get is None else get()
-    return found
-
-
-def _leaves(result: Tensor) -> set[Tensor]:
-    """The leaf tensors that ``result`` was computed from."""
-    leaves, seen, stack = set(), set(), [result.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if hasattr(node, "variable"):
-            leaves.add(node.variable)
-        stack += [parent for parent, _ in node.next_functions]
-    return leaves
 
 
 def _add_mean(totals: dict[str, Tensor], terms: dict[str, Tensor], count: int) -> None:

@@ -6,12 +6,13 @@ multiplies the rank activations by a gate; forward hooks on ``lora_A`` and
 `Bank`; they are plain objects, so that the network can be pickled and copied.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from peft.tuners.lora import LoraLayer, dora
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import noop_context_fn
@@ -146,6 +147,19 @@ class WeightHook:
         return rows.reshape(output.shape)
 
 
+def own_hooks(
+    modules: Iterable[nn.Module], bank: Bank
+) -> list[tuple[dict[int, Any], int, Any]]:
+    """The hooks of ``bank`` on these modules: where they stand, under which key."""
+    return [
+        (hooks, key, hook)
+        for module in dict.fromkeys(modules)
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        for key, hook in hooks.items()
+        if getattr(hook, "bank", None) is bank
+    ]
+
+
 def check_rows(examples: int, rows: int) -> None:
     """Raise unless ``rows`` of the network are ``k`` consecutive rows per example."""
     if rows % examples:
@@ -189,3 +203,20 @@ def carried_by_checkpoints(blocks: Sequence[Any], bank: Bank) -> Iterator[None]:
     finally:
         for block, function in live:
             block._gradient_checkpointing_func = function
+
+
+def obstacle(layer: LoraLayer, adapter: str, gate: GateHook) -> tuple[str, str] | None:
+    """Why no draw can enter a layer at present, and what to do; None if one can."""
+    if adapter not in layer.lora_B:
+        return "was deleted", "build the model on another adapter"
+    if gate not in layer.lora_B[adapter]._forward_pre_hooks.values():
+        return "was replaced, or its RankSpace closed,", "build the model anew"
+    if adapter in layer.lora_variant and dora.ENABLE_DORA_CACHING:
+        return "has a cached weight norm", "leave peft.helpers.DoraCaching()"
+    if layer.merged:
+        return "is merged", "call net.unmerge_adapter()"
+    if layer.disable_adapters:
+        return "is disabled", "leave net.disable_adapter(), or call net(**batch) itself"
+    if adapter not in layer.active_adapters:
+        return "is not active", f"call net.set_adapter({adapter!r})"
+    return None

@@ -6,6 +6,7 @@ vector of gates, or drawn weights A and B, into the forward pass. It knows PEFT,
 no inference.
 """
 
+import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer, dora
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lrvd_pyro.hooks import (
@@ -23,8 +24,11 @@ from lrvd_pyro.hooks import (
     Parts,
     WeightHook,
     carried_by_checkpoints,
+    obstacle,
+    own_hooks,
 )
 from lrvd_pyro.lora_layers import find_layers, pick_adapter
+from lrvd_pyro.surgery import Cuts, check_mask, layer_cuts, resize_layer, slice_tensors
 
 Side = Literal["lora_A", "lora_B"]
 Level = Literal["global", "module", "layer", "type", "rank"]
@@ -48,6 +52,7 @@ class RankSpace:
         modules: Dotted names of the LoRA modules, as in the network without PEFT.
         ranks: Their ranks, in the same order.
         size: The sum of the ranks.
+        origin: For each rank component its number before any `select`.
 
     Raises:
         TypeError: If ``net`` is no PEFT model, or a layer kind cannot be gated.
@@ -69,16 +74,16 @@ class RankSpace:
         self.layers: tuple[LoraLayer, ...] = tuple(layers.values())
         self.ranks = tuple(layer.r[self.adapter] for layer in self.layers)
         self.size = sum(self.ranks)
+        self.origin = tuple(range(self.size))
         self.sides = sides
         self.bank = Bank()
         self._fired = False
         self._blocks = [
             m for m in net.modules() if hasattr(m, "gradient_checkpointing")
         ]
-        self._lora_B = [layer.lora_B[self.adapter] for layer in self.layers]
         self._gates = [GateHook(self.bank, i) for i in range(len(self.layers))]
-        self._hooked: list[nn.Module] = list(self._lora_B)
-        for lora_B, gate in zip(self._lora_B, self._gates, strict=True):
+        self._hooked = [layer.lora_B[self.adapter] for layer in self.layers]
+        for lora_B, gate in zip(self._hooked, self._gates, strict=True):
             lora_B.register_forward_pre_hook(gate)
         for side in sides:
             modules = [getattr(layer, side)[self.adapter] for layer in self.layers]
@@ -195,13 +200,64 @@ class RankSpace:
         """The ``context_fn`` for one's own ``torch.utils.checkpoint`` calls."""
         return self.bank.checkpoint_context()
 
+    def cuts(self, keep: Tensor) -> Cuts:
+        """What `select` would slice, all checked and nothing done."""
+        check_mask(keep, self.size)
+        self._require_live()
+        cuts: Cuts = {}
+        for layer, (name, kept) in zip(self.layers, self.split(keep).items()):
+            cuts |= layer_cuts(name, layer, self.adapter, kept)
+        return cuts
+
+    def select(self, keep: Tensor) -> None:
+        """Remove the rank components where ``keep`` (R,) is False, in place.
+
+        Modules, parameters and scalings stay what they are; a LoRA module without rank
+        leaves the network's adapter and this space. The others are numbered anew.
+        Guide, prior and optimiser know nothing of it: `lrvd_pyro.pruning.select` does
+        it for all of them.
+
+        Raises:
+            ValueError: If ``keep`` is no such mask or keeps nothing, or a DoRA layer
+                would be left without rank.
+            TypeError: If a layer is a grouped convolution.
+            RuntimeError: If the adapter is merged, disabled, inactive or deleted.
+        """
+        cuts = self.cuts(keep)
+        slice_tensors({w: cut for w, cut in cuts.items() if len(cut[1])})
+        ranks = [int(kept.sum()) for kept in self.split(keep).values()]
+        numbers = {i: new for new, i in enumerate(i for i, r in enumerate(ranks) if r)}
+        for hooks, key, hook in own_hooks(self._hooked, self.bank):
+            if hook.index in numbers:
+                hook.index = numbers[hook.index]
+            else:
+                del hooks[key]
+        for layer, rank in zip(self.layers, ranks):
+            resize_layer(layer, self.adapter, rank)
+        self._gates = [self._gates[i] for i in numbers]
+        self._hooked = [
+            m for m in self._hooked if m._forward_pre_hooks | m._forward_hooks
+        ]
+        self._renumber(keep)
+
+    def after(self, keep: Tensor) -> "RankSpace":
+        """What a prior would see of this space after `select`; not for `bind`."""
+        space = copy.copy(self)
+        space._renumber(keep)
+        return space
+
+    def _renumber(self, keep: Tensor) -> None:
+        ranks = [int(kept.sum()) for kept in self.split(keep).values()]
+        self.layers = tuple(m for m, r in zip(self.layers, ranks) if r)
+        self.modules = tuple(name for name, r in zip(self.modules, ranks) if r)
+        self.ranks = tuple(r for r in ranks if r)
+        self.size = sum(ranks)
+        self.origin = tuple(i for i, kept in zip(self.origin, keep.tolist()) if kept)
+
     def close(self) -> None:
         """Remove every hook; the network is as PEFT made it."""
-        for module in self._hooked:
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for key, hook in list(hooks.items()):
-                    if getattr(hook, "bank", None) is self.bank:
-                        del hooks[key]
+        for hooks, key, _ in own_hooks(self._hooked, self.bank):
+            del hooks[key]
 
     def check_fired(self) -> None:
         """Raise if a LoRA module took no part in the passes so far."""
@@ -227,15 +283,13 @@ class RankSpace:
 
     def _require_one_draw_for_dora(self, draw: Tensor) -> None:
         """DoRA sends the identity through A and B too: its rows are no examples."""
-        shared = [n for n, m in zip(self.modules, self.layers) if self._is_dora(m)]
+        layers = zip(self.modules, self.layers)
+        shared = [name for name, m in layers if self.adapter in m.lora_variant]
         if draw.dim() == 2 and shared:
             raise ValueError(
                 f"the DoRA layer {shared[0]!r} takes one draw for the whole batch, "
                 f'not one per example; use RankELBO(noise="batch")'
             )
-
-    def _is_dora(self, layer: LoraLayer) -> bool:
-        return self.adapter in layer.lora_variant
 
     def _require_live(self) -> None:
         modules: Iterator[Any] = self.net.modules()
@@ -245,25 +299,8 @@ class RankSpace:
                 f"draw can enter the forward pass; build the model anew"
             )
         for name, layer, gate in zip(self.modules, self.layers, self._gates):
-            if self.adapter not in layer.lora_B:
-                problem, remedy = "was deleted", "build the model on another adapter"
-            elif gate not in layer.lora_B[self.adapter]._forward_pre_hooks.values():
-                problem = "was replaced, or its RankSpace closed,"
-                remedy = "build the model anew"
-            elif self._is_dora(layer) and dora.ENABLE_DORA_CACHING:
-                problem = "has a cached weight norm"
-                remedy = "leave peft.helpers.DoraCaching()"
-            elif layer.merged:
-                problem, remedy = "is merged", "call net.unmerge_adapter()"
-            elif layer.disable_adapters:
-                problem = "is disabled"
-                remedy = "leave net.disable_adapter(), or call net(**batch) itself"
-            elif self.adapter not in layer.active_adapters:
-                problem = "is not active"
-                remedy = f"call net.set_adapter({self.adapter!r})"
-            else:
-                continue
-            raise RuntimeError(
-                f"adapter {self.adapter!r} {problem} in {name!r}, so that no draw can "
-                f"enter the forward pass; {remedy}"
-            )
+            if found := obstacle(layer, self.adapter, gate):
+                raise RuntimeError(
+                    f"adapter {self.adapter!r} {found[0]} in {name!r}, so that no draw "
+                    f"can enter the forward pass; {found[1]}"
+                )

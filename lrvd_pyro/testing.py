@@ -15,18 +15,27 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO, SVI
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent
 
 from lrvd_pyro.elbo import RankELBO
+from lrvd_pyro.goodness_of_fit import FAILURE_RATE, assert_goodness_of_fit
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.optim import AdamW, parameter_groups
 from lrvd_pyro.predict import predict
+from lrvd_pyro.simulation_based_calibration import assert_uniform_ranks, sbc_ranks
 
 Batch = Mapping[str, Any]
 Program = Callable[..., Any]
 MakePair = Callable[[], tuple[RankModel, Program]]
 
-FAILURE_RATE = 1e-5
+__all__ = [
+    "FAILURE_RATE",
+    "assert_error",
+    "assert_goodness_of_fit",
+    "assert_ok",
+    "assert_unbiased_elbo",
+    "assert_uniform_ranks",
+    "sbc_ranks",
+]
 
 
 def assert_ok(
@@ -111,123 +120,6 @@ def assert_error(
             raise AssertionError(f"no {error.__name__} was raised")
     moved = [n for n, p in parameters.items() if not torch.equal(p, before[n])]
     assert not moved, f"refused, but these have moved: {moved}"
-
-
-def assert_goodness_of_fit(
-    distribution: Distribution,
-    num_samples: int = 100_000,
-    *,
-    failure_rate: float = FAILURE_RATE,
-) -> None:
-    """Assert that a distribution's samples follow its own ``log_prob``.
-
-    The density, its normalisation included, turns samples into uniform variables: by
-    integration between sorted samples, for each element of a batch or an `Independent`;
-    by ``exp(-n p(x) V(r))`` for other vectors, r the distance to the nearest of n
-    others and V the volume of the ball. Their distance from the uniform distribution
-    stays below the bound of Dvoretzky, Kiefer and Wolfowitz. (The transforms are those
-    of ``pyro.distributions.testing.gof``, whose chi-squared tail returns 1 far out.)
-
-    The distribution may have any batch shape; of vectors, a fiftieth of the samples is
-    compared to the others. ``failure_rate`` is for all elements together.
-
-    Wrong for atoms, modes hundreds of scales apart, and vectors with fewer dimensions
-    than elements. Weak for vectors: of two elements, it finds a scale 1.5 times too
-    large, not 1.1; of an element alone, 1.05.
-
-    >>> from pyro import distributions as dist
-    >>> assert_goodness_of_fit(dist.Gamma(2.0, 1.0))
-
-    Source: Massart (1990, Annals of Probability 18), the bound; Bickel and Breiman
-    (1983, Annals of Probability 11), nearest neighbours.
-    """
-    while isinstance(distribution, Independent):
-        distribution = distribution.base_dist
-    size = max(distribution.event_shape.numel(), 1)
-    with torch.no_grad():
-        draws = distribution.sample(torch.Size([num_samples]))
-        densities = distribution.log_prob(draws).double().exp()
-    draws = draws.double().reshape(num_samples, -1, size)
-    densities = densities.reshape(num_samples, -1)
-    columns = zip(draws.unbind(1), densities.unbind(1))
-    for element, (x, density) in enumerate(columns):
-        uniform = _by_integration if size == 1 else _by_nearest_neighbours
-        u = uniform(x, density).sort().values
-        steps = torch.linspace(0, 1, len(u) + 1, dtype=u.dtype, device=u.device)
-        distance = float(torch.maximum(u - steps[:-1], steps[1:] - u).max())
-        rate = failure_rate / densities.shape[1]
-        bound = math.sqrt(math.log(2 / rate) / (2 * len(u)))
-        assert distance <= bound, (
-            f"element {element}: samples and log_prob are {distance:.3g} apart, where "
-            f"chance explains {bound:.3g}"
-        )
-
-
-def sbc_ranks(
-    simulate: Callable[[], tuple[Tensor, Any]],
-    fit: Callable[[Any], Tensor],
-    num_simulations: int,
-    num_draws: int,
-) -> Tensor:
-    """Ranks of true latents among posterior draws: simulation-based calibration.
-
-    Where ``simulate`` is the model and ``fit`` its exact posterior, each rank is
-    uniform on 0 to S: see `assert_uniform_ranks`.
-
-    Wrong for draws that depend on each other: thin those of a Markov chain first.
-
-    Example::
-
-        assert_uniform_ranks(sbc_ranks(simulate, fit, 200, 63), num_draws=63)
-
-    Args:
-        simulate: Draws latents, ``size``, from the prior, and data given them.
-        fit: From data to draws of the posterior, ``S x size``.
-        num_simulations: The number of rows.
-        num_draws: The number of draws S.
-
-    Returns:
-        How many draws lie below the truth, ``num_simulations x size``.
-
-    Source: Talts, Betancourt, Simpson, Vehtari and Gelman (2018, arXiv 1804.06788),
-    algorithm 1.
-    """
-    ranks = []
-    for _ in range(num_simulations):
-        latents, data = simulate()
-        draws, shape = fit(data), (num_draws, *latents.shape)
-        if draws.shape != shape:
-            raise ValueError(
-                f"fit drew {tuple(draws.shape)}; expected S x size, {shape}"
-            )
-        ranks.append((draws < latents).sum(0))
-    return torch.stack(ranks)
-
-
-def assert_uniform_ranks(
-    ranks: Tensor, num_draws: int, *, failure_rate: float = FAILURE_RATE
-) -> None:
-    """Assert that the ranks of `sbc_ranks` are uniform: one chi-squared test a latent.
-
-    ``ranks`` are ``num_simulations x size``, and about 20 are expected in each bin.
-    200 simulations find a scale 0.6 times the right one, or a mean off by one standard
-    deviation; a scale of 0.9 takes thousands.
-
-    >>> assert_uniform_ranks(torch.arange(64).repeat(5)[:, None], num_draws=63)
-    """
-    count, size = ranks.shape
-    bins = max(2, min(num_draws + 1, count // 20))
-    each = torch.arange(num_draws + 1, device=ranks.device) * bins // (num_draws + 1)
-    expected = each.bincount().double() * count / (num_draws + 1)
-    for latent, column in enumerate(ranks.unbind(1)):
-        counts = each[column].bincount(minlength=bins)
-        statistic = ((counts - expected).square() / expected).sum()
-        freedom = statistic.new_tensor(bins - 1)
-        p_value = float(torch.special.gammaincc(freedom / 2, statistic / 2))
-        assert p_value >= failure_rate / size, (
-            f"latent {latent}: its ranks are not uniform, p = {p_value:.2g}, counts "
-            f"{counts.tolist()} over {bins} bins"
-        )
 
 
 def assert_unbiased_elbo(
@@ -324,20 +216,3 @@ def _predictions(
         total = fields["probs"].sum(-1)
         assert torch.allclose(total, torch.ones_like(total)), "probs do not sum to one"
     return fields
-
-
-def _by_integration(x: Tensor, density: Tensor) -> Tensor:
-    """The integral of the density up to each sample, on sorted samples."""
-    x, order = x.squeeze(1).sort()
-    sparsity = 1 / density[order]
-    mass = 2 * x.diff() / (sparsity[1:] + sparsity[:-1])
-    return torch.cat([mass.new_zeros(1), mass.cumsum(0)])
-
-
-def _by_nearest_neighbours(x: Tensor, density: Tensor) -> Tensor:
-    """Uniform where x follows the density, for a fiftieth of the samples."""
-    some = len(x) // 50
-    others, size = x[some:], x.shape[1]
-    distance = torch.cat([torch.cdist(q, others).amin(1) for q in x[:some].split(100)])
-    ball = math.pi ** (size / 2) / math.gamma(size / 2 + 1)
-    return torch.exp(-len(others) * density[:some] * ball * distance**size)

@@ -1,0 +1,108 @@
+"""Slicing an optimiser's moments along with the parameters that they belong to."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from lrvd_pyro.surgery import Cuts
+
+
+def torch_optimisers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """The torch optimisers, so far made, behind one of torch, Pyro or this library.
+
+    Raises:
+        TypeError: If it is none of these.
+        ValueError: If it holds a restored state that no step has used yet.
+    """
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return [optimizer]
+    if not isinstance(optimizer, PyroOptim):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}; expected the optimiser itself "
+            f"(SVI's is svi.optim, a scheduler's is scheduler.optimizer), or None "
+            f"before the first step"
+        )
+    if optimizer._state_waiting_to_be_consumed or getattr(optimizer, "_pending", None):
+        raise ValueError(
+            "the optimiser was restored and has taken no step since, so that its state "
+            "belongs to no parameter yet; take one step before selecting ranks"
+        )
+    made = [getattr(o, "optimizer", o) for o in optimizer.optim_objs.values()]
+    ours = getattr(optimizer, "torch_optim", None)
+    return made if ours is None else [*made, ours]
+
+
+def check_state(optimizer: Any, cuts: Cuts) -> None:
+    """Raise unless `select_state` can slice an optimiser's state.
+
+    Raises:
+        TypeError: If the state is not one tensor per parameter and of its shape.
+        ValueError: If the optimiser knows none of the parameters.
+    """
+    optims = torch_optimisers(optimizer)
+    known = {p for o in optims for group in o.param_groups for p in group["params"]}
+    if known and known.isdisjoint(cuts):
+        raise ValueError(
+            "the optimiser holds no parameter of this model and guide; pass the one "
+            "that trains them"
+        )
+    for optim in optims:
+        for parameter in cuts.keys() & optim.state.keys():
+            for key, value in optim.state[parameter].items():
+                shape = getattr(value, "shape", () if _is_number(value) else None)
+                if shape not in ((), (1,), parameter.shape):
+                    raise TypeError(
+                        f"{type(optim).__name__} keeps {key!r} in another shape than "
+                        f"the parameter's, so that its rows cannot be told apart; use "
+                        f"Adam or AdamW, or start a new optimiser after selecting"
+                    )
+
+
+def select_state(optimizer: Any, cuts: Cuts, gone: set[Tensor]) -> None:
+    """Slice an optimiser's moments as their parameters; forget the ``gone`` ones.
+
+    Numbers of steps taken stay. Works on what the optimiser holds, so that whatever
+    refers to its groups, a scheduler, goes on.
+    """
+    for optim in torch_optimisers(optimizer):
+        for group in optim.param_groups:
+            group["params"][:] = [p for p in group["params"] if p not in gone]
+        for parameter in gone & optim.state.keys():
+            del optim.state[parameter]
+        for parameter in cuts.keys() & optim.state.keys():
+            dim, index = cuts[parameter]
+            state = optim.state[parameter]
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.dim() == parameter.dim():
+                    state[key] = value.index_select(dim, index.to(value.device))
+    if isinstance(optimizer, PyroOptim):
+        for parameter in gone & optimizer.optim_objs.keys():
+            del optimizer.optim_objs[parameter], optimizer.grad_clip[parameter]
+
+
+@cache
+def watch_for_stale_state() -> None:
+    """From now on, let a torch step on moments of another shape be an error.
+
+    A fused step would read them without a word, row after wrong row.
+    """
+    register_optimizer_step_pre_hook(_refuse_stale_state)
+
+
+def _refuse_stale_state(optim: torch.optim.Optimizer, *_: Any) -> None:
+    for parameter, state in optim.state.items():
+        for moment in (state.get("exp_avg"), state.get("momentum_buffer")):
+            if isinstance(moment, Tensor) and moment.shape != parameter.shape:
+                raise RuntimeError(
+                    f"a parameter has shape {tuple(parameter.shape)} and its moments "
+                    f"{tuple(moment.shape)}: ranks were selected without the optimiser;"
+                    f" pass it, prune(model, guide, optimizer)"
+                )
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, int | float)

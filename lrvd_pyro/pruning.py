@@ -1,0 +1,298 @@
+"""Rank selection: removing the rank components that the posterior calls noise.
+
+Log alpha has units. For the rank gate under the log-uniform prior of weight w (its KL
+weight times multiplicity) and N examples, in the quadratic regime and for large alpha,
+
+    alpha_i = sqrt(w / N) / t_i,   so   log alpha_i > tau  iff  t_i < e^-tau sqrt(w / N)
+
+with ``t_i^2 = s^2 (b_i^T H b_i) (a_i^T S a_i)`` the component's size: what it moves the
+outputs in the metric H of the loss over inputs of second moment S (for small alpha,
+``alpha_i = w / (N t_i^2)``). The same tau is thus another size at another N or KL
+weight, and says nothing of accuracy.
+
+For FactorLoRA alpha is the noise of *single* weights. Over d inputs that go together
+the signal of a rank adds up and its noise averages out, so that a component with
+log alpha of 3 may still carry signal; ``criterion="elbo_drop"`` shares this blindness,
+as it takes the curvature for isotropic. Measure before you trust either.
+
+Source: concavity and units, from the model's quadratic expansion (derived here); the
+criterion log alpha > 3, Molchanov, Ashukha and Vetrov (2017, arXiv 1701.05369).
+"""
+
+from typing import Any, Literal
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+
+from lrvd_pyro.divergence import divergence, latent_sites
+from lrvd_pyro.guides.rank_diagonal import RankDiagonal
+from lrvd_pyro.models import FactorLoRA, GateLoRA
+from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.moments import check_state, select_state, watch_for_stale_state
+from lrvd_pyro.noise import Multiplicities, PerExample
+from lrvd_pyro.surgery import Cuts, indices_kept, replace_data, slice_tensors
+
+Criterion = Literal["log_alpha", "elbo_drop"]
+
+
+def prune(
+    model: RankModel,
+    guide: RankDiagonal,
+    optimizer: Any = None,
+    *,
+    log_alpha_threshold: float = 3.0,
+    criterion: Criterion = "log_alpha",
+    min_rank: int = 0,
+    max_drop: float = 0.01,
+    kl_weight: float = 1.0,
+) -> Tensor:
+    """Remove the rank components that a criterion gives up, as `select` does.
+
+    "log_alpha" gives up those with ``guide.log_alpha`` above the threshold; the head of
+    this file says what that means. "elbo_drop" gives up those of least `removal_cost`,
+    as long as their sum stays under ``max_drop * num_data`` nats.
+
+    Example::
+
+        keep = prune(model, guide, svi.optim)     # and go on training
+
+    Args:
+        model: A `GateLoRA` or `FactorLoRA`, trained.
+        guide: Its `RankDiagonal`.
+        optimizer: What trains them: of this library, Pyro or torch. None if nothing
+            does yet, or any more.
+        log_alpha_threshold: The largest log alpha that stays.
+        criterion: "log_alpha" or "elbo_drop".
+        min_rank: What every module keeps at least, its best ones. DoRA modules keep
+            one in any case, since their magnitude is no part of a rank.
+        max_drop: For "elbo_drop", in nats per datum.
+        kl_weight: For "elbo_drop", the one that the guide was trained with.
+
+    Returns:
+        Which components stayed, bool (R,), R as before.
+
+    Raises:
+        TypeError: If ``guide`` is no `RankDiagonal`; and as `select` and `removal_cost`
+            raise it.
+        ValueError: If everything would go, with a diagnosis; if log alpha is NaN; or as
+            `select` raises it. Nothing has changed then.
+    """
+    check_pair(model, guide)
+    if criterion == "log_alpha":
+        worth = -guide.log_alpha
+        spared = best_of_modules(model, worth, min_rank)
+        keep = spared | (worth >= -log_alpha_threshold)
+        rule = f"log_alpha_threshold={log_alpha_threshold}"
+    elif criterion == "elbo_drop":
+        worth = removal_cost(model, guide, kl_weight)
+        spared = best_of_modules(model, worth, min_rank)
+        order = worth.masked_fill(spared, torch.inf).argsort()
+        spent = worth[order].masked_fill(spared[order], torch.inf).cumsum(0)
+        keep = torch.zeros_like(spared)
+        keep[order] = spent > max_drop * model.num_data
+        rule = f"max_drop={max_drop}"
+    else:
+        raise ValueError(
+            f'criterion={criterion!r}; expected "log_alpha" or "elbo_drop"'
+        )
+    refuse_nothing_left(model, guide, keep, rule)
+    select(model, guide, keep, optimizer)
+    return keep
+
+
+def select(
+    model: RankModel, guide: RankDiagonal, keep: Tensor, optimizer: Any = None
+) -> None:
+    """Remove the rank components where ``keep`` (R,) is False, all over or nowhere.
+
+    Rows of A, columns of B, the guide's entries, parameters and buffers of the prior
+    with one entry per component, and the optimiser's moments are sliced in place, so
+    that whoever trains them goes on. Logits change as by setting those gates to 0.
+    Modules without rank leave the adapter, the optimiser and Pyro's store.
+
+    Call it between steps: a loss computed before cannot go backward after it.
+
+    Without ``optimizer``, a later step of one that still has the old moments is an
+    error.
+
+    Raises:
+        TypeError: If the guide is no `RankDiagonal`, a latent site or prior parameter
+            belongs to no components that can be told, the prior does not follow its
+            rank space, or the optimiser's state cannot be sliced.
+        ValueError: If ``keep`` is no mask that keeps something, a DoRA layer would be
+            left without rank, or guide or optimiser belong to another model.
+        RuntimeError: If the adapter is merged, disabled, inactive or deleted.
+    """
+    check_pair(model, guide)
+    cuts = model.space.cuts(keep) | guide.cuts(keep)
+    ours = _prior_cuts(model, keep)
+    cuts |= ours
+    if optimizer is not None:
+        check_state(optimizer, cuts)
+    if keep.all():
+        return
+    _check_prior(model, guide, keep, ours)
+    trained: set[Tensor] = set(model.base_net.parameters())
+    guide.select(keep)
+    slice_tensors(ours)
+    model.space.select(keep)
+    gone = trained - set(model.base_net.parameters())
+    if optimizer is None:
+        watch_for_stale_state()
+    else:
+        select_state(optimizer, cuts, gone)
+    store = pyro.get_param_store()
+    for name in filter(None, map(store.param_name, gone)):
+        del store[name]
+
+
+def removal_cost(
+    model: RankModel, guide: RankDiagonal, kl_weight: float = 1.0
+) -> Tensor:
+    """What removing each component would cost in expected log-likelihood, (R,) nats.
+
+    Nats per data set; no data are needed. Let the log-likelihood be quadratic in each
+    gate, with curvature F, and the gate have mean 1 and variance alpha. Where the
+    objective is stationary in the noise,
+
+        F alpha / 2 = g_i = -kl_weight dKL / d log v_i
+
+    (with ``d alpha_i / d log v_i`` for alpha where v is no multiple of it), and where
+    it is stationary in the size of B (or of A, or the mean), on which no KL depends,
+    the likelihood is largest at a gate of 1 + alpha. So going from q to 0 costs
+
+        F (1 + alpha_i) / 2 = g_i (1 / alpha_i + 1).
+
+    For the tied noise of FactorLoRA the same holds with an isotropic curvature; with
+    both sides random, alpha is the sum of those of the two.
+
+    Wrong before convergence, far from the quadratic regime, under another ``kl_weight``
+    than that of training, or with a ``weight_prior`` or weight decay that matters; of
+    several components together, where their effects correlate; for FactorLoRA, too low
+    where inputs align.
+
+    Raises:
+        TypeError: If the gate is no product of latent sites, one of them with R
+            components, under this prior.
+    """
+    check_pair(model, guide)
+    ratio = guide.noise_ratio()
+    (pull,) = torch.autograd.grad(_kl(model, guide), guide.log_variance)
+    (slope,) = torch.autograd.grad(ratio.sum(), guide.log_variance)
+    for part, rise in zip(guide.by_site(pull), guide.by_site(slope)):
+        if rise.shape == ratio.shape and bool((rise != 0).any()):
+            half_curvature = (-kl_weight * part).clamp(min=0) / rise
+            cost = half_curvature * (1 + ratio.detach())
+            return cost.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    raise TypeError(
+        "no latent site has one component per rank component, so that none can be "
+        'removed alone; use criterion="log_alpha"'
+    )
+
+
+def check_pair(model: RankModel, guide: RankDiagonal) -> None:
+    """Raise unless ``guide`` is a `RankDiagonal` of this model."""
+    if not isinstance(guide, RankDiagonal):
+        raise TypeError(
+            f"guide is a {type(guide).__name__}; ranks are selected under "
+            f"RankDiagonal(model), which has a noise of its own for each"
+        )
+    if guide.space is not model.space:
+        raise ValueError(
+            "the guide was built on another model; pass both as they were trained"
+        )
+
+
+def best_of_modules(model: RankModel, worth: Tensor, min_rank: int) -> Tensor:
+    """The ``min_rank`` components of greatest ``worth`` of each module, bool (R,)."""
+    if min_rank < 0:
+        raise ValueError(f"min_rank={min_rank}; expected 0 or more")
+    if worth.isnan().any():
+        raise ValueError(
+            f"log alpha is NaN for {int(worth.isnan().sum())} rank components: the "
+            f"training diverged; lower the learning rate, or clip_norm"
+        )
+    space = model.space
+    best = torch.zeros_like(worth, dtype=torch.bool)
+    for layer, own, spare in zip(
+        space.layers, space.split(worth).values(), space.split(best).values()
+    ):
+        floor = max(min_rank, int(space.adapter in layer.lora_variant))
+        spare[own.topk(min(floor, len(own))).indices] = True
+    return best
+
+
+def refuse_nothing_left(
+    model: RankModel, guide: RankDiagonal, keep: Tensor, rule: str
+) -> None:
+    """Raise if no component would stay, and say where that comes from."""
+    if keep.any():
+        return
+    log_alpha = guide.log_alpha
+    counted = sum(q.mean.numel() for q in guide.distributions().values())
+    raise ValueError(
+        f"all {len(keep)} rank components would go: their log alpha lies between "
+        f"{float(log_alpha.min()):.2f} and {float(log_alpha.max()):.2f}, {rule}. "
+        f"Nothing was changed. The KL of {counted} latent components outweighs what "
+        f"num_data={model.num_data} examples say. Is that the whole training set? Did "
+        f"the KL warm up, RankELBO(kl_weight=linear_warmup(steps))? Temper it, "
+        f"RankELBO(kl_weight=0.05), as FactorLoRA needs; or keep min_rank=1"
+    )
+
+
+def _prior_cuts(model: RankModel, keep: Tensor) -> Cuts:
+    """What the prior itself holds per rank component, or per group of them."""
+    prior = model.prior
+    if not isinstance(prior, nn.Module):
+        return {}
+    tensors = [*prior.named_parameters(), *prior.named_buffers()]
+    return {
+        tensor: (0, indices_kept(model.space, keep, name, len(tensor)))
+        for name, tensor in tensors
+        if tensor.dim() > 0
+    }
+
+
+def _check_prior(
+    model: RankModel, guide: RankDiagonal, keep: Tensor, cuts: Cuts
+) -> None:
+    """Raise unless the prior, run on the ranks that stay, draws what the guide will."""
+    if not isinstance(model, GateLoRA):
+        return
+    before = {tensor: tensor.data for tensor in cuts}
+    try:
+        slice_tensors(cuts)
+        with torch.no_grad(), torch.random.fork_rng(), poutine.block():
+            with poutine.trace() as run:
+                gate = model.prior(model.space.after(keep))
+        sites = latent_sites(run.trace).items()
+        found = {name: site["fn"].event_shape[0] for name, site in sites}
+        problem = f"it draws {found} and a gate of {len(gate)}"
+    except (RuntimeError, ValueError, IndexError) as error:
+        found, problem = {}, f"it fails: {error}"
+    finally:
+        for tensor, data in before.items():
+            replace_data(tensor, data)
+    if found != guide.sizes_after(keep) or len(gate) != int(keep.sum()):
+        raise TypeError(
+            f"the prior does not follow its rank space to {int(keep.sum())} rank "
+            f"components: {problem}; expected {guide.sizes_after(keep)}. Take sizes "
+            f"from space.size and space.group(level), none from outside"
+        )
+
+
+def _kl(model: RankModel, guide: RankDiagonal, draws: int = 256) -> Tensor:
+    """KL(guide || prior), scales that others depend on averaged over ``draws``."""
+    draws = 1 if isinstance(model, FactorLoRA) else draws
+    prior, posterior = PerExample(draws), PerExample(draws)
+    multiplicities = Multiplicities()
+    with torch.random.fork_rng(), poutine.block(), torch.enable_grad():
+        torch.manual_seed(0)
+        ours = poutine.trace(posterior(guide)).get_trace()
+        program = poutine.replay(multiplicities(prior(model.draw)), trace=ours)
+        theirs = poutine.trace(program).get_trace()
+        once = prior.unexpanded, posterior.unexpanded
+        kl, _ = divergence(theirs, ours, once, draws, multiplicities.found)
+    return torch.stack(list(kl.values())).sum()
