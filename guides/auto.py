@@ -3,6 +3,7 @@
 Their own defaults put the gate at 0, where B gets no gradient.
 """
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from pyro.infer.autoguide import (
     AutoNormalizingFlow,
     init_to_value,
 )
+from torch import Tensor
 from torch.distributions import biject_to
 
 from lrvd_pyro.guides.laplace import FisherLaplace
@@ -80,12 +82,7 @@ def iaf(
     }
     loc = torch.cat(list(start.values()))
 
-    def flow(size: int) -> Any:
-        nets: Any = T.affine_autoregressive
-        autoregressive = nets(size, hidden_dims=[hidden_dim or size])
-        affine = dist.transforms.AffineTransform(loc, init_scale)
-        return ComposeTransformModule([autoregressive.to(loc), affine])
-
+    flow = partial(_flow, loc, init_scale, hidden_dim)
     return give_own_name(AutoNormalizingFlow(model, flow))
 
 
@@ -105,6 +102,14 @@ def laplace(
     family: Any = FisherLaplace if curvature == "fisher" else AutoLaplaceApproximation
     guide: AutoLaplaceApproximation = family(model, init_loc_fn=_start(model))
     return give_own_name(guide)
+
+
+def _flow(loc: Tensor, scale: float, hidden_dim: int | None, size: int) -> Any:
+    nets: Any = T.affine_autoregressive
+    autoregressive = nets(size, hidden_dims=[hidden_dim or size])
+    # A density must come from the draw: the inverse of a flow is not exact.
+    affine = dist.transforms.AffineTransform(loc, scale, cache_size=1)
+    return ComposeTransformModule([autoregressive.to(loc), affine])
 
 
 def _start(model: RankModel) -> Any:

@@ -45,15 +45,27 @@ class FisherLaplace(AutoLaplaceApproximation):
 
         Raises:
             TypeError: If ``batches`` is one batch.
-            ValueError: If the curvature is not positive definite.
+            ValueError: If the guide has not been trained, the network takes no gate per
+                example (DoRA; ``curvature="hessian"`` needs none), or the curvature is
+                not positive definite.
         """
         if isinstance(batches, Mapping):
             raise TypeError(
                 "batches is one batch; expected several: laplace_approximation([batch])"
             )
+        if self.prototype_trace is None:
+            raise ValueError(
+                f"{type(self).__name__} has no parameters yet; train it first: "
+                f"svi.step(**batch)"
+            )
         loc = self.loc.detach()
         gate, spread = self._gate(loc), jacobian(self._gate, loc)
-        fisher = gate_fisher(self._ranks[0], gate.detach(), batches)
+        try:
+            fisher = gate_fisher(self._ranks[0], gate.detach(), batches)
+        except ValueError as error:
+            remedy = "laplace(model, curvature='hessian') needs no gate per example"
+            error.add_note(remedy)
+            raise
         precision = spread.T @ fisher @ spread + hessian(self._negative_log_prior, loc)
         covariance, failed = torch.linalg.inv_ex(precision)
         scale_tril, not_positive = torch.linalg.cholesky_ex(covariance)

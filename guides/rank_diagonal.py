@@ -1,5 +1,6 @@
 """The rank-wise diagonal guide."""
 
+from collections.abc import Collection
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
@@ -22,24 +23,29 @@ class RankDiagonal(UniqueModule):
 
     For `GateLoRA`: Normal on the real line, LogNormal (truncated where the prior is)
     on positive sites, all latent levels of the prior included. Under the `LogUniform`
-    prior this is ``gate ~ Normal(1, alpha)``. The mean 1 loses nothing while B trains,
-    since B absorbs it; so it is held wherever the gate scales with a site of R
-    components, and learned elsewhere: of a scale shared by several ranks, of a logit.
+    prior this is ``gate ~ Normal(1, alpha)``. The mean of the lowest site of R
+    components with which the gate scales is held at 1, the others are learned: of a
+    scale shared by several ranks, of a logit. Under a scale-free prior (`LogUniform`,
+    `ARD`) that loses nothing while B trains, since B absorbs the mean. Under a prior
+    with a scale it is a choice: a rank that no datum wants rests where the KL is least
+    at mean 1 (at alpha = s^2 under ``Normal(s)``), so that effective ranks do not
+    compare across priors; ``learn_mean=True`` lets such gates fall to 0.
 
     For `FactorLoRA` this makes a `TiedDiagonal`: every element of row i of A (and of
     column i of B) is Normal around its present value with the one variance
     ``sigma_i^2``. Here ``alpha_i = sigma_i^2 d / ||a_i||^2``, with d the length of the
     row (and column).
 
-    Log alpha starts at -4, a noise of 14%; log variances stay within [-10, 8] on real
-    sites, [-10, 2] on the logarithm of positive ones, [-20, 2] on weights.
+    The log alpha of each site starts at -4, a noise of 14%; log variances stay within
+    [-10, 8] on real sites, [-10, 2] on the logarithm of positive ones, [-20, 2] on
+    weights.
 
     Wrong when rank components are strongly dependent under the posterior: it then
     understates the uncertainty. Under another gauge of A and B it is another posterior.
 
     Args:
         model: A `GateLoRA` or `FactorLoRA`.
-        learn_mean: Learn all means; for use where A and B are frozen.
+        learn_mean: Learn all means: where A and B are frozen, or a prior has a scale.
         init_log_alpha: Where log alpha starts.
 
     Raises:
@@ -75,14 +81,23 @@ class RankDiagonal(UniqueModule):
         start = model.start()
         powers = self._powers(start)
         self._is_product = None not in powers.values()
-        self._held = {
-            name: value
-            for name, value in start.items()
-            if powers[name] == 1 and len(value) == self.space.size and not learn_mean
-        }
+        self.learn_mean, self.init_log_alpha = learn_mean, init_log_alpha
         families = self.families.items()
         noise = [f.start_log_variance(init_log_alpha, start[n]) for n, f in families]
         self.log_variance = nn.Parameter(torch.cat(noise))
+        size = self.space.size
+        each = [n for n in start if powers[n] == 1 and len(start[n]) == size]
+        self.hold([] if learn_mean else each[-1:], start)
+
+    @property
+    def held(self) -> tuple[str, ...]:
+        """The latent sites whose mean stays where it started."""
+        return tuple(self._held)
+
+    def hold(self, sites: Collection[str], start: dict[str, Tensor]) -> None:
+        """Hold the means of these sites at ``start``; learn the others, from there."""
+        self._held = {name: start[name] for name in sites}
+        families = self.families.items()
         locs = [f.to_loc(start[n]) for n, f in families if n not in self._held]
         self.loc = nn.Parameter(torch.cat(locs)) if locs else None
 

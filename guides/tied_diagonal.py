@@ -29,6 +29,8 @@ class TiedDiagonal(RankDiagonal):
         init_log_alpha: float = -4.0,
     ) -> None:
         UniqueModule.__init__(self)
+        self.learn_mean, self.init_log_alpha = learn_mean, init_log_alpha
+        self._held = {}
         if learn_mean:
             raise TypeError(
                 "learn_mean=True with FactorLoRA: its means are the network's own "

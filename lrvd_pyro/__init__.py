@@ -1,6 +1,15 @@
 """Bayesian low-rank adaptation: the LoRA-adapted network as a Pyro model."""
 
-from lrvd_pyro import distributions, guides, likelihoods, models, optim, priors
+from lrvd_pyro import (
+    calibration,
+    distributions,
+    guides,
+    likelihoods,
+    models,
+    optim,
+    priors,
+    testing,
+)
 from lrvd_pyro.elbo import RankELBO, linear_warmup
 from lrvd_pyro.predict import posterior_mean, posterior_sample, predict
 from lrvd_pyro.pruning import prune
@@ -14,6 +23,7 @@ __all__ = [
     "RankHistory",
     "RankSchedule",
     "RankSpace",
+    "calibration",
     "distributions",
     "guides",
     "likelihoods",
@@ -25,4 +35,5 @@ __all__ = [
     "predict",
     "priors",
     "prune",
+    "testing",
 ]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.noise import batch_size
+from lrvd_pyro.predict import evaluating
 
 
 def gate_fisher(
@@ -18,16 +19,17 @@ def gate_fisher(
     ``F = (N/n) sum_i E_y[s s^T]``, ``s = d log p(y | x_i, z) / dz`` at ``z = gate``,
     y from the model's own predictive, over the n examples of ``batches``: the
     Gauss-Newton matrix, exact. Gates enter per example, so each batch costs one forward
-    pass and a backward pass per class.
+    pass and a backward pass per class. The network runs in eval mode.
 
     Raises:
-        ValueError: If there is no batch.
+        ValueError: If there is no batch, or the network takes no gate per example
+            (DoRA; layers whose first axis is not the batch).
     """
     total, count = gate.new_zeros(len(gate), len(gate)), 0
     for batch in batches:
         inputs = {k: v for k, v in batch.items() if k != "labels"}
         gates = gate.detach().expand(batch_size(inputs), -1).clone().requires_grad_()
-        with torch.enable_grad(), model.bind(gates):
+        with torch.enable_grad(), evaluating(model), model.bind(gates):
             roots = model.likelihood.fisher_roots(model.predictions(**inputs))
         for root in roots.sum(0):
             (score,) = torch.autograd.grad(root, gates, retain_graph=True)

@@ -197,9 +197,8 @@ class Normal(PyroModule):
                 f"{tuple(predictions.shape)}; expected one label per prediction"
             )
         with data_plate(len(mean), labels, num_data):
-            pyro.sample(
-                "labels", dist.Normal(mean, self.scale, validate_args=False), obs=labels
-            )
+            noise = dist.Normal(mean, self.scale.to(mean.device), validate_args=False)
+            pyro.sample("labels", noise, obs=labels)
 
     def _mean(self, predictions: Tensor) -> Tensor:
         if predictions.dim() == 2 and predictions.shape[1] == 1:
@@ -212,12 +211,13 @@ class Normal(PyroModule):
         return precise(predictions)
 
     def fisher_roots(self, predictions: Tensor) -> Tensor:
-        root: Tensor = self._mean(predictions) / self.scale.detach()
+        mean = self._mean(predictions)
+        root: Tensor = mean / self.scale.detach().to(mean.device)
         return root.unsqueeze(-1)
 
     def summarise(self, predictions: Tensor) -> dict[str, Tensor]:
         means = torch.stack([self._mean(p) for p in predictions])
-        noise = self.scale.detach().square()
+        noise = self.scale.detach().to(means.device).square()
         variance = noise + means.var(0, correction=0)
         return {
             "mean": means.mean(0),

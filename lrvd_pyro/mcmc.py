@@ -24,8 +24,8 @@ def check(net: nn.Module, size: int, num_data: int) -> None:
     """
     if size != num_data:
         raise ValueError(
-            f"MCMC runs the model on a batch of {size} out of num_data={num_data}, "
-            f"which would sample a tempered posterior; pass all data: "
+            f"MCMC runs the model on {size} labels out of num_data={num_data}, which "
+            f"would sample another posterior (of none, the prior); pass all data: "
             f"MCMC(NUTS(model), ...).run(**whole), num_data=len(whole['labels'])"
         )
     dropout = (m for m in net.modules() if isinstance(m, _DropoutNd) and m.training)

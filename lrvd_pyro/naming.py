@@ -71,21 +71,29 @@ def _new_name(root: nn.Module) -> str:
 
 
 def check_name_is_free(guide: Any) -> None:
-    """Raise if Pyro's store would hand an AutoGuide the parameters of an earlier one.
+    """Raise if Pyro's store would hand a guide the parameters of another one.
+
+    That of an AutoGuide made earlier, or of the one that this is a copy of.
 
     Raises:
         RuntimeError: With the way out.
     """
-    if getattr(guide, "prototype_trace", ()) is not None:
+    if not isinstance(guide, PyroModule) or isinstance(guide, UniqueModule):
         return
-    name = guide._pyro_name
-    store = pyro.get_param_store()
-    taken = sorted(key for key in store.keys() if key.startswith(f"{name}."))
+    name, store = guide._pyro_name, pyro.get_param_store()
+    if getattr(guide, "prototype_trace", ()) is None:
+        taken = [key for key in store.keys() if key.startswith(f"{name}.")]
+    else:
+        own = guide.named_parameters()
+        keys = {f"{name}.{n.removesuffix('_unconstrained')}": p for n, p in own}
+        held: Any = store._params
+        taken = [key for key, p in keys.items() if held.get(key, p) is not p]
     if taken:
         raise RuntimeError(
-            f"Pyro's store holds {taken} of an earlier guide, which this {name} would "
-            f"train instead of its own; call lrvd_pyro.naming.give_own_name(guide) "
-            f"before its first use, or pyro.clear_param_store() before making both"
+            f"Pyro's store holds {sorted(taken)} of another guide, which this {name} "
+            f"would train instead of its own; call "
+            f"lrvd_pyro.naming.give_own_name(guide) before its first use, or "
+            f"pyro.clear_param_store() before making both"
         )
 
 

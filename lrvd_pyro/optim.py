@@ -1,6 +1,6 @@
 """One fused AdamW for adapter, head and variational parameters, as Pyro wants it."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pyro
@@ -145,7 +145,10 @@ class AdamW(PyroOptim):
                 if parameter not in params:
                     parameter.grad = None
         if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(params, self.clip_norm)
+            # A sum in the order of a set would differ from process to process.
+            held = [p for group in optim.param_groups for p in group["params"]]
+            ordered = [p for p in held if p in params]
+            nn.utils.clip_grad_norm_(ordered, self.clip_norm)
         optim.step()
         self.steps += 1
 
@@ -173,6 +176,21 @@ class AdamW(PyroOptim):
         if self.torch_optim is not None:
             self._restore(self.torch_optim)
 
+    def hold(self, groups: Sequence[Sequence[Tensor]]) -> None:
+        """Train these parameters, one sequence for each of `GROUPS`, without moments.
+
+        As after a step that met them in this order; `set_state` then restores at once.
+        What a later step finds beyond them it adds.
+        """
+        for group, params in zip(self.groups, groups, strict=True):
+            group["params"] = list(params)
+        self.torch_optim = self._make() if any(groups) else None
+
+    def _make(self) -> torch.optim.AdamW:
+        optim = torch.optim.AdamW(self.groups, betas=self.betas, fused=True)
+        self.groups = optim.param_groups
+        return optim
+
     def _with(self, params: set[Tensor]) -> torch.optim.AdamW:
         """The torch optimiser, new parameters added in the order of their names."""
         known: set[Tensor] = set()
@@ -186,10 +204,7 @@ class AdamW(PyroOptim):
                 index = GROUPS.index(group_of(path, in_net=bool(is_net)))
                 self.groups[index]["params"].append(parameter)
             old = self.torch_optim
-            self.torch_optim = torch.optim.AdamW(
-                self.groups, betas=self.betas, fused=True
-            )
-            self.groups = self.torch_optim.param_groups
+            self.torch_optim = self._make()
             if old is not None:
                 self.torch_optim.state.update(old.state)
             self._restore(self.torch_optim)

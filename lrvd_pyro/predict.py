@@ -70,7 +70,7 @@ def predict(
             f"predict(model, guide, [batch], num_samples=16)"
         )
     fields: dict[str, list[Tensor]] = {}
-    with _evaluating(model), torch.no_grad(), _seeded(seed):
+    with evaluating(model), torch.no_grad(), _seeded(seed):
         if posterior_samples is None:
             draws = [draw_latents(model, guide, first) for _ in range(num_samples)]
         else:
@@ -168,7 +168,8 @@ def _unstack(samples: Mapping[str, Tensor]) -> list[Latents]:
 
 
 @contextmanager
-def _evaluating(model: RankModel) -> Iterator[None]:
+def evaluating(model: RankModel) -> Iterator[None]:
+    """Run the network in eval mode within the block; its mode is restored."""
     was_training = [m for m in model.base_net.modules() if m.training]
     model.base_net.eval()
     try:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
@@ -18,8 +19,8 @@ CONTRACT = """A prior maps a RankSpace to the gate, of event shape (R,):
   - no pyro.factor; parameters stand in a PyroModule, not in pyro.param
 for example
   def prior(space):
-      scale = pyro.sample("scale", dist.HalfCauchy(torch.ones(1)).to_event(1))
-      z = pyro.sample("z", dist.Normal(torch.ones(space.size), 1).to_event(1))
+      scale = pyro.sample("scale", dist.HalfCauchy(space.ones(1)).to_event(1))
+      z = pyro.sample("z", dist.Normal(space.ones(), 1).to_event(1))
       return scale * z"""
 
 
@@ -32,12 +33,17 @@ def check_prior(prior: Prior, space: RankSpace) -> bool:
     Raises:
         ValueError: With the contract and the offending site.
     """
-    for batch in (2, space.size, space.size + 1):
-        with torch.random.fork_rng(), poutine.block(), poutine.trace() as run:
+    for batch in sorted({2, max(space.size, 2), space.size + 1}):
+        with (
+            torch.random.fork_rng(),
+            pyro.get_param_store().scope(),
+            poutine.block(),
+            poutine.trace() as run,
+        ):
             with PerExample(batch):
                 try:
                     gate = prior(space)
-                except (RuntimeError, ValueError, IndexError) as error:
+                except (RuntimeError, ValueError, IndexError, TypeError) as error:
                     raise _breach(f"it fails on a batch of {batch}: {error}") from error
         _check_sites(prior, run.trace)
         if not isinstance(gate, Tensor):
@@ -61,7 +67,7 @@ def _check_sites(prior: Prior, trace: poutine.Trace) -> None:
     own = set(prior.parameters()) if isinstance(prior, nn.Module) else set()
     nodes: dict[str, Any] = trace.nodes
     for name, site in nodes.items():
-        if site["type"] == "param" and site["value"] not in own:
+        if site["type"] == "param" and _unconstrained(site["value"]) not in own:
             raise _breach(f"{name!r} is a pyro.param; make the prior a PyroModule")
         if site["type"] != "sample" or site_is_subsample(site):
             continue
@@ -75,6 +81,10 @@ def _check_sites(prior: Prior, trace: poutine.Trace) -> None:
             raise _breach(
                 f"site {name!r} has {site['fn'].event_dim} event dimensions, not 1"
             )
+
+
+def _unconstrained(value: Any) -> Any:
+    return value.unconstrained() if hasattr(value, "unconstrained") else value
 
 
 def _check_rows(prior: Prior, space: RankSpace, gate: Tensor, sites: Any) -> None:

@@ -6,8 +6,8 @@ has shape (1,)), stands in no plate, and indexes by ``[..., index]``, so that th
 program can be drawn once per batch or once per example::
 
     def centred(space):
-        scale = pyro.sample("scale", dist.HalfCauchy(torch.ones(1)).to_event(1))
-        z = pyro.sample("z", dist.Normal(torch.ones(space.size), 1).to_event(1))
+        scale = pyro.sample("scale", dist.HalfCauchy(space.ones(1)).to_event(1))
+        z = pyro.sample("z", dist.Normal(space.ones(), 1).to_event(1))
         return scale * z
 
 Parameters to learn belong in a PyroModule, as in `ARD`. A dict ``start`` says where a
@@ -94,7 +94,7 @@ class TruncatedLogUniform:
         self.low, self.high = low, high
 
     def __call__(self, space: RankSpace) -> Tensor:
-        each = torch.ones(space.size, device=space.device)
+        each = space.ones()
         prior = distributions.TruncatedLogUniform(self.low * each, self.high * each)
         return _sample("gate", prior)
 
@@ -114,8 +114,7 @@ class Normal:
         self.scale = _positive("scale", scale)
 
     def __call__(self, space: RankSpace) -> Tensor:
-        zero = torch.zeros(space.size, device=space.device)
-        return _sample("gate", dist.Normal(zero, self.scale))
+        return _sample("gate", dist.Normal(0 * space.ones(), self.scale))
 
 
 class ARD(FreezableModule):
@@ -129,21 +128,13 @@ class ARD(FreezableModule):
     Wrong as a density of anything: gamma is fitted to the data, so the objective is an
     evidence bound only for gamma fixed beforehand.
 
-    Raises:
-        ValueError: If one object is used for two rank spaces of different size.
-
     Source: MacKay (1994); Tipping (2001).
     """
 
     def forward(self, space: RankSpace) -> Tensor:
         """Draw the site ``gate``."""
         if not hasattr(self, "log_gamma"):
-            self.log_gamma = nn.Parameter(torch.zeros(space.size, device=space.device))
-        if self.log_gamma.shape != (space.size,):
-            raise ValueError(
-                f"this ARD has {len(self.log_gamma)} variances and the rank space "
-                f"{space.size} components; give each model its own: prior=ARD()"
-            )
+            self.log_gamma = nn.Parameter(0 * space.ones())
         scale = torch.exp(0.5 * self.log_gamma)
         return _sample("gate", dist.Normal(torch.zeros_like(scale), scale))
 
@@ -198,11 +189,11 @@ class Horseshoe:
             self.start[lowest] = 1 / math.sqrt(1 - self.slab**-2)
 
     def __call__(self, space: RankSpace) -> Tensor:
-        gate = torch.ones(space.size, device=space.device)
+        gate = space.ones()
         scale = self.scale
         for level in self.levels:
             index = space.group(level)
-            each = torch.full((int(index.max()) + 1,), scale, device=space.device)
+            each = scale * space.ones(int(index.max()) + 1)
             gate = gate * _sample(f"{level}_scale", dist.HalfCauchy(each))[..., index]
             scale = 1.0
         if self.slab is None:
@@ -244,8 +235,8 @@ class Hierarchical:
 
     def __call__(self, space: RankSpace) -> Tensor:
         index = space.group(self.over)
-        each = torch.ones(int(index.max()) + 1, device=space.device)
-        scale = _sample(f"{self.over}_scale", dist.HalfCauchy(each))
+        each = dist.HalfCauchy(space.ones(int(index.max()) + 1))
+        scale = _sample(f"{self.over}_scale", each)
         return _sample("gate", self.family(scale[..., index]))
 
 
@@ -281,8 +272,8 @@ class SpikeSlab:
     def __call__(self, space: RankSpace) -> Tensor:
         odds = math.log(self.inclusion / (1 - self.inclusion))
         loc = odds / self.temperature - math.log(11)
-        each = torch.full((space.size,), loc, device=space.device)
-        logit = _sample("gate_logit", dist.Logistic(each, 1 / self.temperature))
+        prior = dist.Logistic(loc * space.ones(), 1 / self.temperature)
+        logit = _sample("gate_logit", prior)
         return torch.clamp(1.2 * logit.sigmoid() - 0.1, 0.0, 1.0)
 
 

@@ -127,7 +127,7 @@ def select(
     """
     check_pair(model, guide)
     cuts = model.space.cuts(keep) | guide.cuts(keep)
-    ours = _prior_cuts(model, keep)
+    ours = prior_cuts(model, keep)
     cuts |= ours
     if optimizer is not None:
         check_state(optimizer, cuts)
@@ -242,7 +242,7 @@ def refuse_nothing_left(
     )
 
 
-def _prior_cuts(model: RankModel, keep: Tensor) -> Cuts:
+def prior_cuts(model: RankModel, keep: Tensor) -> Cuts:
     """What the prior itself holds per rank component, or per group of them."""
     prior = model.prior
     if not isinstance(prior, nn.Module):

@@ -133,6 +133,10 @@ class RankSpace:
         """Where the first LoRA module lies; make a prior's constants there."""
         return self.weights("lora_A")[0].device
 
+    def ones(self, size: int | None = None) -> Tensor:
+        """Ones on that device, (R,) or (size,): what a prior makes its constants of."""
+        return torch.ones(self.size if size is None else size, device=self.device)
+
     def weights(self, side: Side) -> list[nn.Parameter]:
         """``lora_A`` (``r x in``) or ``lora_B`` (``out x r``) of each module."""
         return [getattr(layer, side)[self.adapter].weight for layer in self.layers]

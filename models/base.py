@@ -96,8 +96,9 @@ class RankModel(UniqueModule):
                 f"entry per example: torch.as_tensor(labels)"
             )
         size = batch_size({"labels": labels, **inputs})
-        if labels is not None and mcmc.is_running():
-            mcmc.check(self.base_net, size, self.num_data)
+        if mcmc.is_running():
+            observed = 0 if labels is None else size
+            mcmc.check(self.base_net, observed, self.num_data)
         self._register_parameters()
         value = self.draw()
         if value.dim() > 1 and not drawn_per_example():

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from pyro import distributions as dist
 from torch import Tensor
+from torch.distributions import Distribution
 
 from lrvd_pyro.likelihoods import Categorical, Likelihood
 from lrvd_pyro.models.base import RankModel, check_num_data
@@ -42,9 +43,11 @@ class GateLoRA(RankModel):
         adapter: The adapter's name; None takes the single active one.
 
     Raises:
-        TypeError: If ``net`` is no PEFT model, a layer cannot be gated, or ``num_data``
-            is missing.
-        ValueError: If the adapter is ambiguous, or the prior breaks its contract.
+        TypeError: If ``net`` is no PEFT model, a layer cannot be gated, ``num_data`` is
+            missing, ``prior`` is no function, or ``weight_prior`` no density of single
+            weights.
+        ValueError: If the adapter is ambiguous, the prior breaks its contract, or its
+            parameters belong to another model.
 
     Source: Doyle, Chan, Hu and Leontjeva (2026, arXiv 2506.22809), as its theory
     states it.
@@ -57,11 +60,12 @@ class GateLoRA(RankModel):
         prior: Prior | None = None,
         likelihood: Likelihood | None = None,
         num_data: int | None = None,
-        weight_prior: torch.distributions.Distribution | None = None,
+        weight_prior: Distribution | None = None,
         adapter: str | None = None,
     ) -> None:
         size = check_num_data(num_data)
         super().__init__(RankSpace(net, adapter), likelihood or Categorical(), size)
+        _check_densities(prior, weight_prior)
         self.prior = prior or LogUniform()
         self.weight_prior = weight_prior
         self._prior_names_gate = check_prior(self.prior, self.space)
@@ -83,3 +87,23 @@ class GateLoRA(RankModel):
     def bind(self, value: Tensor) -> AbstractContextManager[None]:
         """Gate the forward passes within the block."""
         return self.space.bind(value)
+
+
+def _check_densities(prior: Any, weight_prior: Any) -> None:
+    is_function = callable(prior) and not isinstance(prior, type)
+    if prior is not None and (not is_function or isinstance(prior, Distribution)):
+        raise TypeError(
+            f"prior is {prior!r}; expected a function from the RankSpace to the gate: "
+            f"priors.Normal(1.0), or one of your own"
+        )
+    if owner := getattr(prior, "_pyro_name", ""):
+        raise ValueError(
+            f"this prior's parameters are {owner!r} already; give each model its own: "
+            f"prior={type(prior).__name__}()"
+        )
+    is_density = isinstance(weight_prior, Distribution) and not weight_prior.event_dim
+    if weight_prior is not None and not is_density:
+        raise TypeError(
+            f"weight_prior is {weight_prior!r}; expected a density of single weights: "
+            f"pyro.distributions.Normal(0.0, 1.0)"
+        )

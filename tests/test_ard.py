@@ -108,8 +108,8 @@ def test_ards_variances_train_to_their_optimum(driver: str) -> None:
     torch.testing.assert_close(model.prior.log_gamma.detach(), best, rtol=0, atol=0.01)
 
 
-def test_one_ard_is_for_one_rank_space() -> None:
+def test_one_ard_is_for_one_model() -> None:
     prior = ARD()
     GateLoRA(bert(), prior=prior, num_data=60)
-    with pytest.raises(ValueError, match="16 variances and the rank space 12 .*=ARD()"):
-        GateLoRA(bert(rank_pattern={"query": 2}), prior=prior, num_data=60)
+    with pytest.raises(ValueError, match=r"'GateLoRA_\d+.prior' already; .*=ARD\(\)"):
+        GateLoRA(bert(), prior=prior, num_data=60)

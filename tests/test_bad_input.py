@@ -233,3 +233,29 @@ def test_conv_layers_are_for_gates_only() -> None:
         TypeError, match="need Linear or Conv1D layers: use models.GateLoRA"
     ):
         FactorLoRA(net, num_data=60)
+
+
+@pytest.mark.parametrize(
+    "prior", ["horseshoe", dist.Normal(0.0, 1.0), lrvd.priors.Normal]
+)
+def test_a_prior_that_is_no_function_is_refused(prior: Any) -> None:
+    with pytest.raises(TypeError, match=r"prior is .*; expected a function from the R"):
+        GateLoRA(bert(), prior=prior, num_data=60)
+
+
+def test_a_family_without_a_default_scale_shows_the_contract() -> None:
+    prior = lrvd.priors.Hierarchical(dist.Normal)
+    with pytest.raises(ValueError, match="missing 1 required .*'scale'(.|\n)*maps a R"):
+        GateLoRA(bert(), prior=prior, num_data=60)
+
+
+@pytest.mark.parametrize("density", [1.0, dist.Normal(torch.zeros(2), 1.0).to_event(1)])
+def test_a_weight_prior_is_a_density_of_single_weights(density: Any) -> None:
+    with pytest.raises(TypeError, match="weight_prior is .*; expected a density of"):
+        GateLoRA(bert(), weight_prior=density, num_data=60)
+
+
+def test_a_refused_prior_leaves_nothing_in_the_store() -> None:
+    with pytest.raises(ValueError, match="'scale' is a pyro.param"):
+        GateLoRA(bert(), prior=bare_parameter, num_data=60)
+    assert "scale" not in pyro.get_param_store()

@@ -10,7 +10,7 @@ from pyro.ops.stats import effective_sample_size
 from torch import Tensor, nn
 
 import lrvd_pyro as lrvd
-from lrvd_pyro import priors
+from lrvd_pyro import guides, priors
 from lrvd_pyro.fisher import gate_fisher
 from lrvd_pyro.likelihoods import Normal
 from lrvd_pyro.models import GateLoRA
@@ -92,8 +92,39 @@ def test_trainable_weights_are_held_too() -> None:
 
 def test_a_minibatch_is_refused() -> None:
     model = GateLoRA(frozen(bert()), prior=priors.Normal(), num_data=60)
-    with pytest.raises(ValueError, match="batch of 6 out of num_data=60"):
+    with pytest.raises(ValueError, match="on 6 labels out of num_data=60"):
         nuts(model).run(**tokens())
+
+
+def test_a_run_without_labels_is_refused() -> None:
+    model = GateLoRA(bert(), prior=priors.Normal(), num_data=6)
+    mcmc = MCMC(NUTS(model), num_samples=1, warmup_steps=1, disable_progbar=True)
+    with pytest.raises(ValueError, match="on 0 labels out of num_data=6"):
+        mcmc.run(**tokens(labels=False))
+
+
+def test_laplace_takes_no_notice_of_dropout_and_needs_training() -> None:
+    net = bert()
+    for module in net.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    model = GateLoRA(net, prior=priors.Normal(), num_data=6)
+    ones, batch = torch.ones(model.space.size), tokens()
+    expected = gate_fisher(model, ones, [batch])
+    net.train()
+    torch.testing.assert_close(gate_fisher(model, ones, [batch]), expected)
+    assert net.training
+    with pytest.raises(ValueError, match="FisherLaplace has no parameters yet; train"):
+        guides.laplace(model).laplace_approximation([batch])
+
+
+def test_laplace_by_fisher_names_the_way_out_for_dora() -> None:
+    model = GateLoRA(bert(use_dora=True), prior=priors.Normal(), num_data=6)
+    guide = guides.laplace(model)
+    guide(**tokens())
+    with pytest.raises(ValueError, match="takes one draw for the whole") as error:
+        guide.laplace_approximation([tokens()])
+    assert "laplace(model, curvature='hessian')" in error.value.__notes__[0]
 
 
 @pytest.mark.parametrize("kind", [nn.Dropout, nn.Dropout1d, nn.AlphaDropout])

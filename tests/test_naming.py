@@ -1,5 +1,6 @@
 """Two guides of one class in one process both train, or are refused."""
 
+import pickle
 from typing import Any
 
 import pyro
@@ -19,10 +20,11 @@ from pyro.infer.autoguide import (
 from torch import Tensor
 
 import lrvd_pyro as lrvd
+from lrvd_pyro import guides
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import GateLoRA
 from lrvd_pyro.naming import give_own_name
-from lrvd_pyro.priors import ARD, LogUniform
+from lrvd_pyro.priors import ARD, LogUniform, Normal
 
 pytestmark = pytest.mark.filterwarnings("ignore:no closed form")
 AUTO = pytest.mark.parametrize("auto", [AutoNormal, AutoMultivariateNormal])
@@ -46,7 +48,7 @@ def test_a_second_guide_of_one_name_is_refused(auto: Any, noise: Any) -> None:
     svi(*first, noise).step(**tokens())
     with pytest.raises(
         RuntimeError,
-        match=rf"'{auto.__name__}\..* of an earlier guide, .*give_own_name\(guide\)",
+        match=rf"'{auto.__name__}\..* of another guide, .*give_own_name\(guide\)",
     ):
         svi(*second, noise).step(**tokens())
 
@@ -131,3 +133,25 @@ def test_a_frozen_guide_and_prior_stay_frozen(driver: str) -> None:
     frozen = [*model.prior.parameters(), *guide.parameters()]
     assert not any(p.requires_grad or p.grad is not None for p in frozen)
     assert (guide.log_alpha == guide.log_alpha[0]).all()
+
+
+@pytest.mark.parametrize(
+    "make", [guides.multivariate_normal, guides.delta, guides.laplace, guides.iaf]
+)
+def test_an_unpickled_guide_is_refused_until_it_has_a_name_of_its_own(
+    make: Any,
+) -> None:
+    model = GateLoRA(bert(), prior=Normal(), num_data=60)
+    guide = make(model)
+    SVI(model, guide, lrvd.optim.AdamW(), loss=lrvd.RankELBO()).step(**tokens())
+    copied = pickle.loads(pickle.dumps((model, guide)))
+    svi = SVI(*copied, lrvd.optim.AdamW(), loss=lrvd.RankELBO())
+    with pytest.raises(RuntimeError, match="of another guide.*give_own_name"):
+        svi.step(**tokens())
+    give_own_name(copied[1])
+    before = [p.clone() for p in [*guide.parameters(), *copied[1].parameters()]]
+    svi.step(**tokens())
+    after = [*guide.parameters(), *copied[1].parameters()]
+    moved = [not torch.equal(a, b) for a, b in zip(before, after)]
+    count = len(list(guide.parameters()))
+    assert not any(moved[:count]) and any(moved[count:])
