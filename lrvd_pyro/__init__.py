@@ -11,10 +11,12 @@ from lrvd_pyro import (
     testing,
 )
 from lrvd_pyro.elbo import RankELBO, linear_warmup
+from lrvd_pyro.export import export_peft
 from lrvd_pyro.predict import posterior_mean, posterior_sample, predict
 from lrvd_pyro.pruning import prune
 from lrvd_pyro.rank_schedule import RankHistory, RankSchedule
 from lrvd_pyro.rank_space import RankSpace
+from lrvd_pyro.storage import load, save
 
 __version__ = "0.1.0"
 
@@ -25,9 +27,11 @@ __all__ = [
     "RankSpace",
     "calibration",
     "distributions",
+    "export_peft",
     "guides",
     "likelihoods",
     "linear_warmup",
+    "load",
     "models",
     "optim",
     "posterior_mean",
@@ -35,5 +39,6 @@ __all__ = [
     "predict",
     "priors",
     "prune",
+    "save",
     "testing",
 ]

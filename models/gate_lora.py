@@ -101,7 +101,8 @@ def _check_densities(prior: Any, weight_prior: Any) -> None:
             f"this prior's parameters are {owner!r} already; give each model its own: "
             f"prior={type(prior).__name__}()"
         )
-    is_density = isinstance(weight_prior, Distribution) and not weight_prior.event_dim
+    is_density = isinstance(weight_prior, Distribution)
+    is_density = is_density and not weight_prior.event_shape
     if weight_prior is not None and not is_density:
         raise TypeError(
             f"weight_prior is {weight_prior!r}; expected a density of single weights: "

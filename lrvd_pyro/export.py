@@ -1,0 +1,258 @@
+"""The posterior mean of an adapter as plain PEFT LoRA, or merged into the network.
+
+Gate means and scalings go into ``lora_B``, and ``r = lora_alpha`` in every module, so
+that the scaling is 1 whether or not a server reads ``rank_pattern`` and
+``alpha_pattern``. That is exact for DoRA too, whose norm depends on scaling B A alone.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+
+from lrvd_pyro.folders import AnyPath, written_whole
+from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.plain_peft import (
+    PREFIX,
+    adapter_state,
+    live_config,
+    lora_config,
+    module_names,
+    plain_name,
+    write_adapter,
+)
+from lrvd_pyro.predict import evaluating, posterior_mean
+
+Mode = Literal["pruned", "padded", "merged"]
+Guide = Callable[..., Any]
+Pair = tuple[Tensor, Tensor]
+
+# Initialisations that subtract the first B A from the base weights.
+MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+HALF = (torch.bfloat16, torch.float16)
+
+
+def export_peft(
+    path: AnyPath,
+    model: RankModel,
+    guide: Guide,
+    *,
+    mode: Mode = "pruned",
+    probe: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the posterior mean for those who know nothing of this library.
+
+    - "pruned": PEFT LoRA without the components whose mean gate is exactly 0, and
+      without the modules that have no other; ragged ranks by ``rank_pattern``.
+    - "padded": the same with zero rows up to one rank, for servers without patterns.
+    - "merged": a plain Transformers network, the adapter added to its weights.
+
+    Example::
+
+        export_peft("adapter", model, guide, probe=batch)
+        PeftModel.from_pretrained(AutoModel.from_pretrained(name), "adapter")
+
+    One forward pass at the mean is no average over the posterior: confidence is that
+    of a point estimate.
+
+    Args:
+        path: A folder that does not exist yet, or is empty.
+        model: The trained model; its network stays as it is.
+        guide: Its guide.
+        mode: "pruned", "padded" or "merged".
+        probe: A batch. What was written is loaded again, through plain PEFT or
+            Transformers, and its logits compared, before ``path`` exists.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If ``path`` is not empty, nothing is left to export, the adapter
+            alone does not make the network, or the probe's logits differ by more than
+            1e-5 of the largest (2e-2 in half precision). Nothing is written then.
+        TypeError: If a layer cannot be padded, or "merged" meets no Transformers net.
+        RuntimeError: If the adapter is merged, disabled, inactive or deleted.
+    """
+    if mode not in ("pruned", "padded", "merged"):
+        raise ValueError(f'mode={mode!r}; expected "pruned", "padded" or "merged"')
+    refuse_other_adapters(model)
+    with written_whole(path) as folder:
+        if mode == "merged":
+            merge(model, guide).save_pretrained(folder)
+        else:
+            config, tensors = plain_adapter(model, guide, uniform=mode == "padded")
+            write_adapter(folder, config, tensors, model.base_net)
+        if probe is not None:
+            _compare(folder, model, guide, mode, probe)
+    return Path(path)
+
+
+def plain_adapter(
+    model: RankModel, guide: Guide, *, drop: bool = True, uniform: bool = False
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The mean adapter as PEFT stores it: its config and its tensors by name.
+
+    Args:
+        model: The trained model.
+        guide: Its guide.
+        drop: Leave out components whose mean gate is 0.
+        uniform: Fill up with zeros to one rank.
+
+    Raises:
+        ValueError: If nothing is left, or the adapter alone does not make the network.
+        TypeError: If a layer cannot be padded.
+    """
+    refuse_other_adapters(model)
+    _refuse_what_no_adapter_holds(model)
+    net, adapter = model.base_net, model.space.adapter
+    pairs = mean_pairs(model, guide, drop=drop)
+    left = {name: pair for name, pair in pairs.items() if len(pair[0])}
+    if not left:
+        raise ValueError(
+            "nothing is left to export: the mean of every gate is 0, and PEFT has no "
+            'adapter without rank; use export_peft(..., mode="merged")'
+        )
+    ranks = {name: len(A) for name, (A, _) in left.items()}
+    if uniform:
+        ranks = dict.fromkeys(left, max(ranks.values()))
+        left = {name: _padded(name, pair, ranks[name]) for name, pair in left.items()}
+    tensors = adapter_state(net, adapter)
+    for name in pairs:
+        for side in ("lora_A", "lora_B"):
+            del tensors[f"{PREFIX}{name}.{side}.weight"]
+    for name, pair in left.items():
+        for side, weight in zip(("lora_A", "lora_B"), pair):
+            tensors[f"{PREFIX}{name}.{side}.weight"] = weight
+    config = lora_config(live_config(model), ranks, ranks, module_names(net))
+    config.use_rslora, config.inference_mode = False, True
+    return config, tensors
+
+
+def mean_pairs(model: RankModel, guide: Guide, *, drop: bool) -> dict[str, Pair]:
+    """For each LoRA module A and scaling B diag(z) at the posterior mean.
+
+    A DoRA module keeps one component, since its magnitude is no part of a rank.
+    """
+    space = model.space
+    with torch.no_grad(), posterior_mean(model, guide):
+        drawn: Mapping[Any, Any] = space.bank.parts or {}
+        As = drawn.get("lora_A", space.weights("lora_A"))
+        Bs = drawn.get("lora_B", space.weights("lora_B"))
+        gates = drawn.get("gate", [A.new_ones(len(A)) for A in As])
+        pairs = {}
+        for name, layer, A, B, gate in zip(space.modules, space.layers, As, Bs, gates):
+            scaling = layer.scaling[space.adapter]
+            if B.shape[1] != len(gate):  # a grouped convolution: rows of A are ranks
+                pairs[name] = _scaled(A, gate, 0), (B * scaling).to(B)
+                continue
+            keep = gate != 0 if drop else torch.ones_like(gate, dtype=torch.bool)
+            if space.adapter in layer.lora_variant and not keep.any():
+                keep[0] = True
+            pairs[name] = A[keep], _scaled(B, gate * scaling, 1)[:, keep]
+    return pairs
+
+
+def merge(model: RankModel, guide: Guide) -> Any:
+    """A copy of the network without PEFT, the mean adapter added to its weights."""
+    net, adapter = model.base_net, model.space.adapter
+    if not hasattr(net.get_base_model(), "save_pretrained"):
+        raise TypeError(
+            f'mode="merged" writes a Transformers network, and this is a '
+            f'{type(net.get_base_model()).__name__}; use mode="pruned"'
+        )
+    twin = copy.deepcopy(net)
+    for name, (A, B) in mean_pairs(model, guide, drop=False).items():
+        layer: Any = twin.get_submodule(PREFIX + name)
+        layer.lora_A[adapter].weight.data = A.detach()
+        layer.lora_B[adapter].weight.data = B.detach()
+        layer.scaling[adapter] = 1.0
+    return twin.merge_and_unload(adapter_names=[adapter])
+
+
+def refuse_other_adapters(model: RankModel) -> None:
+    """Raise if another adapter too shapes the logits."""
+    active, own = model.base_net.active_adapters, model.space.adapter
+    if list(active) != [own]:
+        raise ValueError(
+            f"adapters {list(active)} are active, and what is written holds "
+            f"{own!r} alone; call net.set_adapter({own!r})"
+        )
+
+
+def _refuse_what_no_adapter_holds(model: RankModel) -> None:
+    net, adapter = model.base_net, model.space.adapter
+    start = live_config(model).init_lora_weights
+    if isinstance(start, str) and start.lower().startswith(MOVES_BASE):
+        raise ValueError(
+            f"init_lora_weights={start!r} changed the base weights, which an adapter "
+            f'does not bring back; use export_peft(..., mode="merged")'
+        )
+    ours = set(adapter_state(net, adapter).values())
+    outside = [
+        n for n, p in net.named_parameters() if p.requires_grad and p not in ours
+    ]
+    if outside:
+        names = sorted({plain_name(n).rpartition(".")[0] for n in outside})
+        raise ValueError(
+            f"{names} train but belong to no adapter, so that plain PEFT would not "
+            f"load them; name them in LoraConfig(modules_to_save=...), or use "
+            f'export_peft(..., mode="merged")'
+        )
+
+
+def _scaled(weight: Tensor, factors: Tensor, dim: int) -> Tensor:
+    """``weight`` times one factor per index of ``dim``, in the wider precision."""
+    shape = [-1 if d == dim else 1 for d in range(weight.dim())]
+    return (weight * factors.to(weight.device).view(shape)).to(weight.dtype)
+
+
+def _padded(name: str, pair: Pair, rank: int) -> Pair:
+    A, B = pair
+    if B.shape[1] != len(A) and len(A) != rank:
+        raise TypeError(
+            f"{name!r} is a grouped convolution, whose ranks are tied to its groups, "
+            f'so that zeros cannot fill it up to rank {rank}; use mode="pruned"'
+        )
+    missing = rank - len(A)
+    rows = A.new_zeros(missing, *A.shape[1:])
+    columns = B.new_zeros(len(B), missing, *B.shape[2:])
+    return torch.cat([A, rows]), torch.cat([B, columns], 1) if missing else B
+
+
+def _compare(
+    folder: Path, model: RankModel, guide: Guide, mode: Mode, probe: Mapping[str, Any]
+) -> None:
+    """Raise unless what stands in the folder gives the logits of the mean adapter."""
+    net = model.base_net
+    inputs = {name: value for name, value in probe.items() if name != "labels"}
+    with evaluating(model), torch.no_grad():
+        with posterior_mean(model, guide):
+            expected = model.predictions(**inputs)
+        output = _reload(folder, net, mode).eval()(**inputs)
+    error = float((getattr(output, "logits", output) - expected).abs().max())
+    largest = float(expected.abs().max())
+    half = any(p.dtype in HALF for p in net.parameters())
+    tolerance = 2e-2 if half else 1e-5
+    if not error <= tolerance * largest:
+        raise ValueError(
+            f"loaded again, the export's logits differ by {error:.2g} from the mean "
+            f"adapter's, whose largest is {largest:.2g}; expected {tolerance} of that "
+            f"at most. Nothing was written. Does a forward pass repeat itself, "
+            f"net.eval()(**probe)? Then please report it with this message"
+        )
+
+
+def _reload(folder: Path, net: PeftModel, mode: Mode) -> nn.Module:
+    base: Any = net.get_base_model()
+    if mode == "merged":
+        attention = base.config._attn_implementation
+        loaded: nn.Module = type(base).from_pretrained(
+            folder, dtype=base.dtype, attn_implementation=attention
+        )
+        return loaded.to(base.device)
+    plain: PeftModel = PeftModel.from_pretrained(copy.deepcopy(net).unload(), folder)
+    return plain
