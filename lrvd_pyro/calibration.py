@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lrvd_pyro.likelihoods import CategoricalPrediction
+from lrvd_pyro.resampling import auroc, grouped, resampled, sum_of_first
 
 BINS = 15
 CHUNK = 1_000_000  # elements of a matrix of bootstrap weights
@@ -177,7 +178,7 @@ def risk_coverage(
     """
     each = torch.ones(1, len(failed)) if weights is None else weights
     counts = torch.arange(1, len(failed) + 1, dtype=torch.double)
-    risk = _sum_of_first(each.double(), failed.double(), -confidence, counts) / counts
+    risk = sum_of_first(each.double(), failed.double(), -confidence, counts) / counts
     return risk.squeeze(0) if weights is None else risk
 
 
@@ -227,16 +228,16 @@ def _measure(data: _Data, weights: Tensor) -> dict[str, Tensor]:
     each["aleatoric"] = each["entropy"] - each["epistemic"]
     found = dict(zip(each, (inside @ torch.stack([*each.values()], 1) / n).unbind(1)))
     gap, bins = confidence - hit, calibration_bins(confidence)
-    found["ece"] = (_grouped(inside * gap, bins, BINS + 1) / n).abs().sum(1)
+    found["ece"] = (grouped(inside * gap, bins, BINS + 1) / n).abs().sum(1)
     edges = torch.linspace(0, n, BINS + 1, dtype=torch.double)
-    gaps = _sum_of_first(inside, gap, confidence, edges).diff(dim=1)
+    gaps = sum_of_first(inside, gap, confidence, edges).diff(dim=1)
     found["adaptive_ece"] = (gaps / n).abs().sum(1)
     found["aurc"] = risk_coverage(confidence, 1 - hit, inside).mean(1)
-    found["failure_auroc"] = _auroc(inside, hit, confidence)
+    found["failure_auroc"] = auroc(inside, hit, confidence)
     if len(data.entropy) > n:
         outside = (torch.arange(len(data.entropy)) >= n).double()
         for name in ("entropy", "mutual_information"):
-            found[f"ood_{name}"] = _auroc(weights, outside, getattr(data, name))
+            found[f"ood_{name}"] = auroc(weights, outside, getattr(data, name))
     return found
 
 
@@ -247,7 +248,7 @@ def _bootstrap(data: _Data, number: int, seed: int) -> dict[str, Tensor]:
     chunks: list[dict[str, Tensor]] = []
     for part in torch.arange(number).split(max(1, CHUNK // total)):
         sizes = [size for size in (n, total - n) if size]
-        weights = [_resampled(len(part), size, generator) for size in sizes]
+        weights = [resampled(len(part), size, generator) for size in sizes]
         chunks.append(_measure(data, torch.cat(weights, 1)))
     return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
 
@@ -270,43 +271,6 @@ def _aurocs(data: _Data) -> dict[str, float]:
             area = roc_auc_score(outside, getattr(data, name))
             found[f"ood_{name}"] = float(area)
     return found
-
-
-def _auroc(weights: Tensor, positive: Tensor, signal: Tensor) -> Tensor:
-    """Probability that a positive has the greater signal, ties counting half."""
-    values, group = signal.unique(return_inverse=True)
-    high = _grouped(weights * positive, group, len(values))
-    low = _grouped(weights * (1 - positive), group, len(values))
-    pairs = (high * (low.cumsum(1) - low / 2)).sum(1)
-    return pairs / (high.sum(1) * low.sum(1))
-
-
-def _sum_of_first(weights: Tensor, x: Tensor, key: Tensor, counts: Tensor) -> Tensor:
-    """The sum of ``x`` over the first ``counts`` data in the order of ``key``.
-
-    Linear between data, and within those of one key. ``b x n`` weights and k counts
-    give ``b x k``.
-    """
-    values, group = key.unique(return_inverse=True)
-    mass = _grouped(weights, group, len(values)).cumsum(1)
-    total = _grouped(weights * x, group, len(values)).cumsum(1)
-    mass, total = (torch.nn.functional.pad(t, (1, 0)) for t in (mass, total))
-    end = torch.searchsorted(mass, counts.expand(len(mass), -1).contiguous())
-    end = end.clamp(min=1, max=len(values))
-    left, width = mass.gather(1, end - 1), mass.gather(1, end) - mass.gather(1, end - 1)
-    before, after = total.gather(1, end - 1), total.gather(1, end)
-    return before + (after - before) * (counts - left) / width.clamp(min=1)
-
-
-def _grouped(x: Tensor, group: Tensor, size: int) -> Tensor:
-    return x.new_zeros(len(x), size).index_add_(1, group, x)
-
-
-def _resampled(number: int, n: int, generator: torch.Generator) -> Tensor:
-    """How often each of n data comes in each resample, ``number x n``."""
-    picks = torch.randint(n, (number, n), generator=generator)
-    counts = torch.zeros(number, n, dtype=torch.double)
-    return counts.scatter_add_(1, picks, torch.ones_like(counts))
 
 
 def _finite(interval: Interval) -> dict[str, float | None]:

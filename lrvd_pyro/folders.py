@@ -39,7 +39,7 @@ def written_whole(path: AnyPath, ours: Collection[str] = ()) -> Iterator[Path]:
     try:
         yield fresh
         for item in [*fresh.iterdir(), fresh]:
-            _sync(item)
+            sync(item)
         _put(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -124,11 +124,11 @@ def _put(fresh: Path, target: Path) -> None:
     except BaseException:
         recover(target)
         raise
-    _sync(target.parent)
+    sync(target.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Have a file, or a folder's names, on disk."""
     if path.is_dir() and os.name == "nt":  # there, folders cannot be opened
         return

@@ -74,7 +74,7 @@ def predict(
         if posterior_samples is None:
             draws = [draw_latents(model, guide, first) for _ in range(num_samples)]
         else:
-            draws = _unstack(posterior_samples)
+            draws = unstack(posterior_samples)
         values = [model.value_at(latents).detach() for latents in draws]
         rest = tqdm(chain([first], inputs), disable=not progress, desc="predict")
         for batch in rest:
@@ -153,7 +153,7 @@ def _outputs(model: RankModel, value: Tensor, batch: Mapping[str, Any]) -> Tenso
         return model.predictions(**batch)
 
 
-def _unstack(samples: Mapping[str, Tensor]) -> list[Latents]:
+def unstack(samples: Mapping[str, Tensor]) -> list[Latents]:
     """One dict per draw; Pyro's singleton plate axes are dropped."""
     latents = {name: v for name, v in samples.items() if name != "_RETURN"}
     shapes = {name: tuple(v.shape) for name, v in latents.items()}

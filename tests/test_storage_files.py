@@ -82,7 +82,7 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     assert (path / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("failing", ["write_tensors", "_sync", "replace", "second"])
+@pytest.mark.parametrize("failing", ["write_tensors", "sync", "replace", "second"])
 def test_a_failed_write_leaves_the_folder_as_it_was(
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,7 +98,7 @@ def test_a_failed_write_leaves_the_folder_as_it_was(
             raise OSError("no space left")
         replace(*args)
 
-    module: Any = {"write_tensors": lrvd.storage, "_sync": folders}.get(failing, os)
+    module: Any = {"write_tensors": lrvd.storage, "sync": folders}.get(failing, os)
     name = "replace" if module is os else failing
     with monkeypatch.context() as patch:
         patch.setattr(module, name, fails)
