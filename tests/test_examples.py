@@ -2,6 +2,10 @@
 
 import importlib
 import math
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +82,20 @@ def test_the_judge_refuses_chains_that_have_not_mixed(
     )
     with pytest.raises(SystemExit, match="NUTS is no judge here: r-hat"):
         example.main(["--out", str(tmp_path)])
+
+
+def test_the_benchmarks_command_in_the_readme_starts() -> None:
+    """It trains for half an hour; here it says what it would do."""
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    found = re.search(r"`PYTHONPATH=(\S+) python (\S+) --data (\S+)`", readme)
+    assert found is not None
+    environment = os.environ | {"PYTHONPATH": found[1], "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(
+        [sys.executable, found[2], "--help"],
+        cwd=EXAMPLES.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "--data" in run.stdout and "factor_whole" in run.stdout

@@ -8,7 +8,7 @@ draws its own sentences, initial weights and order of batches, shared by all met
 FactorLoRA has noise on A and B, as published, and a KL weight that rises over the first
 part of training.
 
-    python examples/benchmarks/lora_vs_lrvd.py --data ../shared/data/sst2
+    PYTHONPATH=examples python examples/benchmarks/lora_vs_lrvd.py --data ../shared/data/sst2
 
 appends a line per seed and row to results/lora_vs_lrvd.jsonl and prints the table.
 """
