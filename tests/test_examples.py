@@ -1,6 +1,7 @@
 """The examples, each the whole of it, made tiny."""
 
 import importlib
+import json
 import math
 import os
 import re
@@ -82,6 +83,31 @@ def test_the_judge_refuses_chains_that_have_not_mixed(
     )
     with pytest.raises(SystemExit, match="NUTS is no judge here: r-hat"):
         example.main(["--out", str(tmp_path)])
+
+
+def test_rank_selection_scores_every_threshold_and_exports(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    data = EXAMPLES.parents[1] / "shared" / "data" / "cola"
+    if not data.exists():
+        pytest.skip(f"no data at {data.name}: it lies outside the project")
+    torch.set_default_dtype(torch.float32)
+    task = shrunk("small_task", monkeypatch, TRAIN=64, DEV=8, EPOCHS=2, LR=1e-2)
+    read = task.read_tsv
+    monkeypatch.setattr(task, "read_tsv", lambda path: read(path).take(range(100)))
+    example = shrunk(
+        "rank_selection", monkeypatch, TRAIN=64, THRESHOLDS=(-4.0, 3.0, 20.0)
+    )
+    out = tmp_path / "lines.jsonl"
+    example.main(["--data", str(data), "--seeds", "0", "--out", str(out)])
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(lines) == 2 * len(example.THRESHOLDS)
+    for model in example.MODELS:
+        own = [line for line in lines if line["model"] == model]
+        ranks = [line["rank"] for line in own]
+        assert ranks == sorted(ranks) and ranks[-1] == 96
+        assert own[-1]["bytes"] <= 1 and own[-1]["time"] > 0
+    assert out.with_suffix(".png").stat().st_size > 10_000
 
 
 def test_the_benchmarks_command_in_the_readme_starts() -> None:

