@@ -22,13 +22,15 @@ class FactorLoRA(RankModel):
 
     The KL counts ``in`` (and ``out``) elements per rank component, so that at the true
     ELBO it outweighs a small data set and prunes every rank; use
-    ``RankELBO(kl_weight=...)`` below 1 and say so. The noise does not vanish where
-    ``A x = 0``, and its size depends on the gauge of A and B.
+    ``RankELBO(kl_weight=...)`` below 1 and say so. With noise on A alone, ranks of
+    large log alpha still carry signal; with noise on both sides they hardly do. The
+    noise does not vanish where ``A x = 0``, and its size depends on the gauge of A and
+    B.
 
     Example::
 
-        model = FactorLoRA(net, num_data=len(train))
-        svi = SVI(model, RankDiagonal(model), AdamW(), loss=RankELBO(kl_weight=0.05))
+        model = FactorLoRA(net, num_data=len(train), sides=("lora_A", "lora_B"))
+        svi = SVI(model, RankDiagonal(model), AdamW(), loss=RankELBO(kl_weight=0.1))
 
     Args:
         net: A PEFT LoRA model on Linear or Conv1D layers.
