@@ -12,7 +12,7 @@ from torch.distributions import biject_to
 
 from lrvd_pyro.fisher import gate_fisher
 from lrvd_pyro.models.base import RankModel
-from lrvd_pyro.naming import give_own_name
+from lrvd_pyro.naming import give_own_name, waits_for_first_call
 
 
 class FisherLaplace(AutoLaplaceApproximation):
@@ -53,7 +53,7 @@ class FisherLaplace(AutoLaplaceApproximation):
             raise TypeError(
                 "batches is one batch; expected several: laplace_approximation([batch])"
             )
-        if self.prototype_trace is None:
+        if waits_for_first_call(self):
             raise ValueError(
                 f"{type(self).__name__} has no parameters yet; train it first: "
                 f"svi.step(**batch)"

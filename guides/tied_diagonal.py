@@ -52,7 +52,7 @@ class TiedDiagonal(RankDiagonal):
 
     def mean(self) -> Tensor:
         """The network's own weights, as `RankSpace.flatten` lays them out, (K,)."""
-        return torch.cat([self.space.flatten(side) for side in self.space.sides])
+        return self.space.flatten(*self.space.sides)
 
     @property
     def log_alpha(self) -> Tensor:

@@ -21,6 +21,7 @@ from torch.distributions import Distribution
 from lrvd_pyro import distributions, guides
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.naming import waits_for_first_call
 
 HOMES = {
     "pyro.distributions": pyro_distributions,
@@ -137,7 +138,7 @@ def build_guide(
         arguments = saved["arguments"]
     guide = make(model, **arguments)
     _check_name(folder, "guide", type(guide).__name__, saved["name"])
-    if getattr(guide, "prototype_trace", ()) is None:
+    if waits_for_first_call(guide):
         raise ValueError(
             f"{type(guide).__name__} makes its parameters on its first call; pass "
             f"load(..., guide=make) with a make(model) that calls guide(**batch) and "

@@ -12,7 +12,7 @@ from torch import Tensor
 from lrvd_pyro.likelihoods import precise
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.noise import batch_size
-from lrvd_pyro.predict import Guide, draw_latents, evaluating, unstack
+from lrvd_pyro.predict import Guide, evaluating, posterior_draws
 from lrvd_pyro.rank_space import RankSpace
 
 Variables = dict[str, tuple[tuple[str, ...], Any]]
@@ -83,11 +83,8 @@ def to_arviz(
     first = next(stream)
     with evaluating(model), torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        if posterior_samples is None:
-            inputs, _ = _parted(first)
-            draws = [draw_latents(model, guide, inputs) for _ in range(num_samples)]
-        else:
-            draws = unstack(posterior_samples)
+        inputs, _ = _parted(first)
+        draws = posterior_draws(model, guide, inputs, num_samples, posterior_samples)
         values = [model.value_at(latents).detach() for latents in draws]
         parts = [_on_batch(model, values, batch) for batch in chain([first], stream)]
         names = model.latent_sites()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lrvd_pyro.base_net import Fingerprint, differences, fingerprint
 from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.naming import waits_for_first_call
 from lrvd_pyro.plain_peft import plain_name
 from lrvd_pyro.pruning import check_pair, prior_cuts
 from lrvd_pyro.surgery import Cuts
@@ -36,7 +37,7 @@ def stored_tensors(model: RankModel, guide: Any) -> dict[str, Tensor]:
             f"guide is a {type(guide).__name__} without parameters of its own; "
             f"checkpoints take a module: RankDiagonal(model), or any AutoGuide"
         )
-    if getattr(guide, "prototype_trace", ()) is None:
+    if waits_for_first_call(guide):
         raise ValueError(
             f"{type(guide).__name__} makes its parameters on its first call; call "
             f"guide(**batch) once before checkpoint and resume"

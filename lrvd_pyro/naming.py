@@ -70,6 +70,11 @@ def _new_name(root: nn.Module) -> str:
     return f"{type(root).__name__}_{next(_numbers)}"
 
 
+def waits_for_first_call(guide: Any) -> bool:
+    """Whether a guide is an AutoGuide that has no parameters yet."""
+    return getattr(guide, "prototype_trace", ()) is None
+
+
 def check_name_is_free(guide: Any) -> None:
     """Raise if Pyro's store would hand a guide the parameters of another one.
 
@@ -81,7 +86,7 @@ def check_name_is_free(guide: Any) -> None:
     if not isinstance(guide, PyroModule) or isinstance(guide, UniqueModule):
         return
     name, store = guide._pyro_name, pyro.get_param_store()
-    if getattr(guide, "prototype_trace", ()) is None:
+    if waits_for_first_call(guide):
         taken = [key for key in store.keys() if key.startswith(f"{name}.")]
     else:
         own = guide.named_parameters()

@@ -8,6 +8,8 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
+from lrvd_pyro.naming import waits_for_first_call
+
 GROUPS = ("adapter", "head", "variational")
 
 
@@ -53,7 +55,7 @@ def parameter_groups(
             f"guide is a {type(guide).__name__} without parameters of its own; use it "
             f"with pyro.infer.SVI and lrvd_pyro.optim.AdamW"
         )
-    if getattr(guide, "prototype_trace", ()) is None:
+    if waits_for_first_call(guide):
         raise ValueError(
             f"{type(guide).__name__} makes its parameters on its first call; call "
             f"guide(**batch) once before parameter_groups(model, guide)"

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from lrvd_pyro.divergence import latent_sites
 from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.naming import waits_for_first_call
 from lrvd_pyro.noise import batch_size
 
 Latents = dict[str, Tensor]
@@ -71,10 +72,7 @@ def predict(
         )
     fields: dict[str, list[Tensor]] = {}
     with evaluating(model), torch.no_grad(), _seeded(seed):
-        if posterior_samples is None:
-            draws = [draw_latents(model, guide, first) for _ in range(num_samples)]
-        else:
-            draws = unstack(posterior_samples)
+        draws = posterior_draws(model, guide, first, num_samples, posterior_samples)
         values = [model.value_at(latents).detach() for latents in draws]
         rest = tqdm(chain([first], inputs), disable=not progress, desc="predict")
         for batch in rest:
@@ -126,9 +124,22 @@ def posterior_mean(
         yield model.base_net
 
 
+def posterior_draws(
+    model: RankModel,
+    guide: Guide | None,
+    batch: Any,
+    num_samples: int,
+    posterior_samples: Mapping[str, Tensor] | None,
+) -> list[Latents]:
+    """The draws that were given, or as many of the guide's."""
+    if posterior_samples is not None:
+        return _unstack(posterior_samples)
+    return [draw_latents(model, guide, batch) for _ in range(num_samples)]
+
+
 def draw_latents(model: RankModel, guide: Guide | None, batch: Any) -> Latents:
     """One draw of every latent site from the guide."""
-    if getattr(guide, "prototype_trace", ()) is None:
+    if waits_for_first_call(guide):
         raise ValueError(
             f"{type(guide).__name__} has no parameters yet; train it first, "
             f"svi.step(**batch), or call guide(**batch) once"
@@ -153,7 +164,7 @@ def _outputs(model: RankModel, value: Tensor, batch: Mapping[str, Any]) -> Tenso
         return model.predictions(**batch)
 
 
-def unstack(samples: Mapping[str, Tensor]) -> list[Latents]:
+def _unstack(samples: Mapping[str, Tensor]) -> list[Latents]:
     """One dict per draw; Pyro's singleton plate axes are dropped."""
     latents = {name: v for name, v in samples.items() if name != "_RETURN"}
     shapes = {name: tuple(v.shape) for name, v in latents.items()}

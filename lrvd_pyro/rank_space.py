@@ -147,9 +147,10 @@ class RankSpace:
         widths = [w.shape[axis] for w in self.weights(side)]
         return torch.tensor(widths).repeat_interleave(torch.tensor(self.ranks))
 
-    def flatten(self, side: Side) -> Tensor:
+    def flatten(self, *sides: Side) -> Tensor:
         """The weights as one vector: rows of A, or columns of B, one after another."""
-        rows = [w if side == "lora_A" else w.T for w in self.weights(side)]
+        pairs = [(side, w) for side in sides for w in self.weights(side)]
+        rows = [w if side == "lora_A" else w.T for side, w in pairs]
         return torch.cat([row.reshape(-1) for row in rows])
 
     @contextmanager

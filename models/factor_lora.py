@@ -2,7 +2,6 @@
 
 from contextlib import AbstractContextManager
 
-import torch
 from peft import PeftModel
 from torch import Tensor
 
@@ -75,8 +74,7 @@ class FactorLoRA(RankModel):
 
     def start(self) -> dict[str, Tensor]:
         """The network's own weights."""
-        sides = [self.space.flatten(side) for side in self.space.sides]
-        return {"factor": torch.cat(sides).detach()}
+        return {"factor": self.space.flatten(*self.space.sides).detach()}
 
     def draw(self) -> Tensor:
         """Draw the weights, ``K`` (``B x K`` when drawn per example)."""
