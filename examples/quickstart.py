@@ -12,13 +12,15 @@ docstrings of a library that neither has seen: is the network less certain there
 
 Prints a table of scores on test, the effective rank of every LoRA module as a picture,
 and the uncertainty on test beside that on the unseen library. Options may be chosen by
-the column "dev nll"; test is for the report.
+the column "dev nll"; test is for the report. Writes to runs/quickstart, or --out: the
+adapter with its posterior, draws for ArviZ, the scores with intervals, two pictures.
 """
 
 import argparse
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import docstrings
@@ -26,6 +28,7 @@ import pandas as pd
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from pyro.infer import SVI
+from run_folder import Posterior, Result, write
 from sklearn.metrics import roc_auc_score
 from text_data import MINILM, Batch, Encoded, Text, read, split
 from tqdm import tqdm
@@ -55,16 +58,6 @@ class Task(NamedTuple):
     def predicted(self) -> tuple[Encoded, Encoded, Encoded]:
         """What is not trained on."""
         return self.dev, self.test, self.held_out
-
-
-class Result(NamedTuple):
-    """What one way of predicting says, and what it cost."""
-
-    name: str
-    cost: dict[str, float]
-    dev: CategoricalPrediction
-    test: CategoricalPrediction
-    held_out: CategoricalPrediction
 
 
 def load_task(args: argparse.Namespace) -> Task:
@@ -149,15 +142,19 @@ def run_lora(task: Task, args: argparse.Namespace) -> list[Result]:
     return [Result("LoRA", cost, *(at_a_point(net, data) for data in task.predicted()))]
 
 
-def run_lrvd(task: Task, args: argparse.Namespace) -> tuple[list[Result], RankDiagonal]:
+def run_lrvd(task: Task, args: argparse.Namespace) -> tuple[list[Result], Posterior]:
     """LRVD, trained by Pyro's SVI; predicts at the posterior mean and with samples."""
     model = GateLoRA(lora_network(task, args), num_data=len(task.train))
     guide = RankDiagonal(model)
     optim = lrvd.optim.AdamW(lr=LR, schedule=linear_decay(task, args))
     svi = SVI(model, guide, optim, loss=lrvd.RankELBO())
+    history = lrvd.RankHistory(guide)
+    history.record(0)
 
     def step(batch: Batch) -> float:
-        return float(svi.step(**batch)) / len(task.train)
+        loss = float(svi.step(**batch))
+        history.record(len(history.steps))
+        return loss / len(task.train)
 
     seconds = train("LRVD", step, task, args)
     cost = {
@@ -171,8 +168,11 @@ def run_lrvd(task: Task, args: argparse.Namespace) -> tuple[list[Result], RankDi
         lrvd.predict(model, guide, data.in_order(), SAMPLES, progress=True)
         for data in task.predicted()
     ]
-    at_mean = Result("LRVD, posterior mean", cost, *mean)
-    return [at_mean, Result(f"LRVD, {SAMPLES} samples", cost, *sampled)], guide
+    results = [
+        Result("LRVD, posterior mean", cost, *mean),
+        Result(f"LRVD, {SAMPLES} samples", cost, *sampled),
+    ]
+    return results, Posterior(model, guide, history)
 
 
 @torch.no_grad()
@@ -242,19 +242,23 @@ def options() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train both ways and print what came of it."""
-    args = options().parse_args(argv)
+    """Train both ways, print what came of it and write the run folder."""
+    parser = options()
+    out = Path("runs", "quickstart")
+    parser.add_argument("--out", type=Path, default=out, help=f"run folder; {out}")
+    args = parser.parse_args(argv)
     logging.set_verbosity_error()  # a new head on a pretrained network is no news
     logging.disable_progress_bar()
     task = load_task(args)
     results = run_lora(task, args)
-    sampled, guide = run_lrvd(task, args)
-    results += sampled
+    of_lrvd, posterior = run_lrvd(task, args)
+    results += of_lrvd
     print(table([score_row(task, result) for result in results]))
     print(f"\nEffective rank of each LoRA module, of {args.r}:\n")
-    print(rank_picture(guide, args.r))
+    print(rank_picture(posterior.guide, args.r))
     print("\nEntropy and mutual information (MI) in nats:\n")
     print(table([uncertainty_row(result) for result in results]))
+    print(f"\n{write(args.out, posterior, results, task.test)}")
 
 
 if __name__ == "__main__":

@@ -120,11 +120,13 @@ class Encoded:
         for i in torch.randperm(len(batches), generator=generator):
             yield self._pick(batches[i])
 
-    def in_order(self, size: int = 64) -> list[Batch]:
-        """All batches in the order of the data, without labels."""
-        chunks = torch.arange(len(self)).split(size)
-        picked = [self._pick(chunk) for chunk in chunks]
-        return [{k: v for k, v in b.items() if k != "labels"} for b in picked]
+    def in_order(self, size: int = 64, *, labels: bool = False) -> list[Batch]:
+        """All batches in the order of the data, without labels unless asked for."""
+        batches = [self._pick(rows) for rows in torch.arange(len(self)).split(size)]
+        for batch in batches:
+            if not labels:
+                del batch["labels"]
+        return batches
 
     def _pick(self, rows: Tensor) -> Batch:
         longest = int(self.lengths[rows].max())

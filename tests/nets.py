@@ -19,6 +19,8 @@ from transformers import (
 from lrvd_pyro import RankSpace
 
 CLASSES = 3
+# PEFT's own, whenever it meets such a layer
+GROUPED = "ignore:LoRA adapter added to ConvNd layer with groups:UserWarning"
 RAGGED = {"rank_pattern": {"hidden": 2}, "alpha_pattern": {"hidden": 3}}
 
 
@@ -98,6 +100,23 @@ class Convolutions(nn.Module):
 def conv(**config: Any) -> PeftModel:
     """LoRA on both convolutions."""
     return lora(Convolutions(), target_modules=["first", "second"], **config)
+
+
+class Grouped(nn.Module):
+    """A grouped convolution, and a plain one of its own rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(4, 6, 3, groups=2)
+        self.second = nn.Conv2d(6, 3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x).tanh()).mean((-2, -1))
+
+
+def grouped(**config: Any) -> PeftModel:
+    """LoRA on both convolutions, of which PEFT warns: see GROUPED."""
+    return lora(Grouped(), target_modules=["first", "second"], **config)
 
 
 class Perceptron(nn.Module):

@@ -33,6 +33,16 @@ def perturbed(model: Any, guide: Any = None) -> Any:
     return guide
 
 
+def learned(model: Any) -> RankDiagonal:
+    """A guide whose means are not 1, every third of them 0."""
+    guide = RankDiagonal(model, learn_mean=True)
+    assert guide.loc is not None
+    with torch.no_grad():
+        guide.loc.copy_(torch.randn(len(guide.loc)))
+        guide.loc[::3] = 0.0
+    return guide
+
+
 def predicted(model: Any, guide: Any, inputs: dict[str, Tensor]) -> Any:
     return predict(model, guide, [inputs], num_samples=3, return_samples=True)
 

@@ -14,9 +14,10 @@ from nets import tokens
 from peft import LoraConfig, PeftModel
 from pyro.infer.autoguide import AutoNormal
 from safetensors.torch import load_file
+from stored import learned
 from torch import Tensor, nn
 
-from lrvd_pyro import export, priors
+from lrvd_pyro import priors
 from lrvd_pyro.export import export_peft
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
@@ -26,22 +27,8 @@ from lrvd_pyro.pruning import select
 
 exactly = partial(torch.testing.assert_close, rtol=0, atol=1e-12)
 PAIR = ("lora_A", "lora_B")
-# PEFT's own, whenever it meets such a layer
-GROUPED = "ignore:LoRA adapter added to ConvNd layer with groups:UserWarning"
-pytestmark = pytest.mark.filterwarnings(GROUPED)
+pytestmark = pytest.mark.filterwarnings(nets.GROUPED)
 MODES: list[Any] = ["pruned", "padded", "merged"]
-
-
-class Grouped(nn.Module):
-    """A grouped convolution, and a plain one of its own rank."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(4, 6, 3, groups=2)
-        self.second = nn.Conv2d(6, 3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x).tanh()).mean((-2, -1))
 
 
 class Nested(nn.Module):
@@ -54,11 +41,6 @@ class Nested(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.other(self.block(x)))
-
-
-def grouped(**config: Any) -> PeftModel:
-    targets = ["first", "second"]
-    return nets.lora(Grouped(), target_modules=targets, **config)
 
 
 def nested() -> PeftModel:
@@ -78,7 +60,7 @@ NETS: dict[str, Callable[[], Any]] = {
     "bias": partial(nets.bert, bias="all"),
     "ragged": partial(nets.perceptron, **nets.RAGGED),
     "conv2d": nets.conv,
-    "grouped": grouped,
+    "grouped": nets.grouped,
     "nested": nested,
 }
 
@@ -89,16 +71,6 @@ def inputs_for(kind: str) -> dict[str, Tensor]:
     if kind in ("ragged", "nested"):
         return {"x": torch.randn(4, 5)}
     return tokens(4, labels=False)
-
-
-def learned(model: Any) -> RankDiagonal:
-    """A guide whose means are not 1, the first and every second module's at 0."""
-    guide = RankDiagonal(model, learn_mean=True)
-    assert guide.loc is not None
-    with torch.no_grad():
-        guide.loc.copy_(torch.randn(len(guide.loc)))
-        guide.loc[::3] = 0.0
-    return guide
 
 
 def expected(model: Any, guide: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -295,82 +267,3 @@ def test_hard_zeros_of_a_spike_and_slab_go(tmp_path: Path) -> None:
         guide.loc[:6] = -30.0
     export_peft(tmp_path / "out", model, guide, probe=inputs)
     assert sorted(config_of(tmp_path / "out")["rank_pattern"].values()) == [2]
-
-
-# Errors
-
-
-def test_a_probe_that_disagrees_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = GateLoRA(nets.bert(), num_data=60)
-    guide = learned(model)
-    honest = export.plain_adapter
-
-    def wrong(*args: Any, **options: Any) -> Any:
-        config, tensors = honest(*args, **options)
-        return config, {
-            n: t * (2.0 if "lora_B" in n else 1) for n, t in tensors.items()
-        }
-
-    monkeypatch.setattr(export, "plain_adapter", wrong)
-    with pytest.raises(ValueError, match="logits differ by .* expected 1e-05 of that"):
-        export_peft(tmp_path / "out", model, guide, probe=tokens(4))
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_stands_there_is_not_replaced(tmp_path: Path) -> None:
-    model = GateLoRA(nets.perceptron(), num_data=60)
-    (tmp_path / "empty").mkdir()
-    export_peft(tmp_path / "empty", model, RankDiagonal(model))
-    with pytest.raises(ValueError, match="holds .*adapter_config.json.*rmtree"):
-        export_peft(tmp_path / "empty", model, RankDiagonal(model))
-
-
-def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
-    model = GateLoRA(nets.perceptron(), num_data=60)
-    mode: Any = "prune"
-    with pytest.raises(ValueError, match='mode=\'prune\'; expected "pruned", "padded"'):
-        export_peft(tmp_path / "out", model, RankDiagonal(model), mode=mode)
-
-
-def test_merging_asks_for_a_transformers_network(tmp_path: Path) -> None:
-    model = GateLoRA(nets.perceptron(), num_data=60)
-    with pytest.raises(TypeError, match='a Perceptron; use mode="pruned"'):
-        export_peft(tmp_path / "out", model, RankDiagonal(model), mode="merged")
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_base_that_the_adapter_changed_is_refused_but_merged(tmp_path: Path) -> None:
-    torch.set_default_dtype(torch.float32)  # PEFT's decomposition knows no double
-    net, inputs = nets.bert(init_lora_weights="olora"), tokens(4, labels=False)
-    model = GateLoRA(net, num_data=60)
-    with pytest.raises(ValueError, match="'olora' changed the base weights.*merged"):
-        export_peft(tmp_path / "out", model, RankDiagonal(model))
-    guide = RankDiagonal(model)
-    export_peft(tmp_path / "out", model, guide, mode="merged", probe=inputs)
-
-
-def test_parameters_that_no_adapter_holds_are_refused_but_merged(
-    tmp_path: Path,
-) -> None:
-    net, inputs = nets.bert(), tokens(4, labels=False)
-    net.base_model.model.bert.pooler.dense.weight.requires_grad_(True)
-    model = GateLoRA(net, num_data=60)
-    guide = RankDiagonal(model)
-    with pytest.raises(ValueError, match=r"\['bert.pooler.dense'\] train .*to_save"):
-        export_peft(tmp_path / "out", model, guide)
-    export_peft(tmp_path / "out", model, guide, mode="merged", probe=inputs)
-
-
-def test_a_grouped_convolution_cannot_be_padded(tmp_path: Path) -> None:
-    model = GateLoRA(grouped(rank_pattern={"first": 2}), num_data=60)
-    with pytest.raises(TypeError, match="'first' is a grouped .*up to rank 4; use mod"):
-        export_peft(tmp_path / "out", model, RankDiagonal(model), mode="padded")
-
-
-def test_a_disabled_adapter_is_refused(tmp_path: Path) -> None:
-    model = GateLoRA(nets.perceptron(), num_data=60)
-    with model.base_net.disable_adapter():
-        with pytest.raises(RuntimeError, match="is disabled"):
-            export_peft(tmp_path / "out", model, RankDiagonal(model))

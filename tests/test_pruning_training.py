@@ -10,11 +10,12 @@ import pyro
 import pytest
 import torch
 from nets import tokens
+from pruned import PAIR, some
 from pyro.infer import SVI
 from torch import Tensor, nn
 
 import lrvd_pyro as lrvd
-from lrvd_pyro import RankSpace, priors
+from lrvd_pyro import priors
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 from lrvd_pyro.pruning import select
@@ -22,16 +23,6 @@ from lrvd_pyro.surgery import replace_data
 
 close = torch.testing.assert_close
 exactly = partial(close, rtol=0, atol=1e-12)
-
-PAIR = ("lora_A", "lora_B")
-
-
-def some(space: RankSpace, *, gone: int | None = 0) -> Tensor:
-    """A mask with every second component, and none of module ``gone``."""
-    keep = torch.arange(space.size) % 2 == 1
-    if gone is not None:
-        keep[sum(space.ranks[:gone]) : sum(space.ranks[: gone + 1])] = False
-    return keep
 
 
 def small_copy(model: Any, guide: Any, fresh: Callable[[], Any]) -> tuple[Any, Any]:

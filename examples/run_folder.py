@@ -1,0 +1,94 @@
+"""What a run leaves behind: the posterior, for PEFT and for ArviZ, report, pictures."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+from text_data import Encoded
+from tqdm import tqdm
+
+import lrvd_pyro as lrvd
+from lrvd_pyro import plots
+from lrvd_pyro.calibration import calibration_report
+from lrvd_pyro.guides import RankDiagonal
+from lrvd_pyro.likelihoods import CategoricalPrediction
+from lrvd_pyro.models import GateLoRA
+
+DRAWS, BINS = 32, 10
+CONTENTS = {
+    "adapter": "the posterior mean for plain PEFT, the posterior for lrvd.load",
+    "posterior.nc": "draws of the gates, and what they say of test, for ArviZ",
+    "report.json": "scores on test and their 95% bootstrap intervals",
+    "ranks.png": "effective rank of each LoRA module over training",
+    "reliability.png": "accuracy against confidence on test",
+}
+
+
+class Result(NamedTuple):
+    """What one way of predicting says, and what it cost."""
+
+    name: str
+    cost: dict[str, float]
+    dev: CategoricalPrediction
+    test: CategoricalPrediction
+    held_out: CategoricalPrediction
+
+
+class Posterior(NamedTuple):
+    """A trained pair, and log alpha over its training."""
+
+    model: GateLoRA
+    guide: RankDiagonal
+    history: lrvd.RankHistory
+
+
+def write(
+    folder: Path, posterior: Posterior, results: Sequence[Result], test: Encoded
+) -> str:
+    """Write the run folder, over an older one; returns what lies where."""
+    model, guide, history = posterior
+    lrvd.save(folder / "adapter", model, guide)
+    batches = tqdm(test.in_order(labels=True), desc=f"{DRAWS} draws for ArviZ")
+    data = lrvd.to_arviz(model, guide, batches, DRAWS)
+    data.to_netcdf(str(folder / "posterior.nc"))
+    report = json.dumps(reports(results, test), indent=2, allow_nan=False)
+    (folder / "report.json").write_text(report, encoding="utf-8")
+    draw_ranks(history).savefig(folder / "ranks.png")
+    plain, *_, sampled = results
+    draw_reliability([plain, sampled], test).savefig(folder / "reliability.png")
+    lines = (f"{folder / name!s:<32} {what}" for name, what in CONTENTS.items())
+    return "\n".join(lines)
+
+
+def reports(results: Sequence[Result], test: Encoded) -> dict[str, object]:
+    """Cost and calibration of each way, the held-out data as out of distribution."""
+    return {
+        result.name: result.cost
+        | calibration_report(
+            result.test, test.labels, out_of_distribution=result.held_out
+        ).to_dict()
+        for result in results
+    }
+
+
+def draw_ranks(history: lrvd.RankHistory) -> Figure:
+    """Effective rank over training, a row per module."""
+    figure = Figure(figsize=(7.0, 3.6), dpi=100, layout="constrained")
+    plots.rank_heatmap(history, by="module", ax=figure.subplots())
+    return figure
+
+
+def draw_reliability(results: Sequence[Result], test: Encoded) -> Figure:
+    """A reliability diagram for each way of predicting, side by side."""
+    size = (3.6 * len(results), 3.6)
+    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    row = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
+    for ax, result in zip(row, results):
+        plots.reliability_diagram(result.test, test.labels, bins=BINS, ax=ax)
+        ax.set_title(result.name)
+        ax.label_outer()
+    for ax in row[1:]:
+        ax.get_legend().remove()
+    return figure
