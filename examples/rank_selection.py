@@ -1,10 +1,12 @@
 """How many ranks an adapter needs: a sweep over the pruning threshold.
 
 GateLoRA at the true ELBO and FactorLoRA (noise on A and B, KL weight 0.1, rising over
-the first half of training) on the sentences of small_task.py. Ranks with log alpha
-above the threshold are left out of the posterior mean; the official dev set is scored
-at every threshold. Then the adapter is pruned at log alpha 3 and exported: its size on
-disk and the time of a forward pass beside those of the plain LoRA.
+the first half of training) on the sentences of small_task.py; FactorLoRA also with a
+RankSchedule that removes ranks beyond log alpha 3 in the second half of training, ten
+looks in all. Ranks with log alpha above the threshold are left out of the posterior
+mean; the official dev set is scored at every threshold. Then the adapter is pruned at
+log alpha 3 and exported: its size on disk and the time of a forward pass beside those
+of the plain LoRA.
 
     python examples/rank_selection.py --data ../shared/data/sst2 ../shared/data/cola
 
@@ -21,7 +23,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -37,28 +39,51 @@ from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 
 THRESHOLDS = (-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 20.0)
+THRESHOLD = 3.0  # for pruning
 SIDES: Any = ("lora_A", "lora_B")
-# of each model: how to make it, KL weight, rate of log variances, share of warm-up
-MODELS: dict[str, tuple[Any, float, float, float]] = {
-    "GateLoRA": (GateLoRA, 1.0, 0.05, 0.0),
-    "FactorLoRA": (partial(FactorLoRA, sides=SIDES), 0.1, 0.2, 0.5),
+LOOKS = 20  # of a RankSchedule, were it at work from the first step
+
+
+class Recipe(NamedTuple):
+    """How to make and to train a model."""
+
+    build: Any
+    kl_weight: float = 1.0
+    variational_lr: float = 0.05
+    warmup: float = 0.0  # share of training
+    prunes: bool = False  # while training, after the warm-up
+
+
+FACTOR = Recipe(partial(FactorLoRA, sides=SIDES), 0.1, 0.2, 0.5)
+MODELS = {
+    "GateLoRA": Recipe(GateLoRA),
+    "FactorLoRA": FACTOR,
+    "FactorLoRA, pruned in training": FACTOR._replace(prunes=True),
 }
 RESULTS = Path(__file__).parent / "results" / "rank_selection.jsonl"
 
 
 def trained(task: Task, name: str) -> tuple[Any, RankDiagonal]:
     """A model of that name and its guide, trained."""
-    build, kl_weight, rate, warmup = MODELS[name]
+    recipe = MODELS[name]
     net = task.net()
-    model = build(net, num_data=TRAIN)
+    model = recipe.build(net, num_data=TRAIN)
     guide = RankDiagonal(model)
-    rise = lrvd.linear_warmup(int(warmup * task.steps))
-    elbo = lrvd.RankELBO(kl_weight=lambda step: kl_weight * rise(step))
-    optim = lrvd.optim.AdamW(lr=LR, variational_lr=rate, schedule=task.decay)
+    warmup = int(recipe.warmup * task.steps)
+    rise = lrvd.linear_warmup(warmup)
+    elbo = lrvd.RankELBO(kl_weight=lambda step: recipe.kl_weight * rise(step))
+    optim = lrvd.optim.AdamW(
+        lr=LR, variational_lr=recipe.variational_lr, schedule=task.decay
+    )
     svi = SVI(model, guide, optim, loss=elbo)
+    schedule = lrvd.RankSchedule(
+        model, guide, optim, start=warmup, every=task.steps // LOOKS, elbo=elbo
+    )
     for batches in task.epochs(net):
         for batch in batches:
             svi.step(**batch)
+            if recipe.prunes and bool((guide.log_alpha < THRESHOLD).any()):
+                schedule.step()
     return model, guide
 
 
@@ -75,11 +100,13 @@ def sweep(task: Task, model: Any, guide: RankDiagonal) -> Iterator[dict[str, flo
 
 def exported(task: Task, model: Any, guide: RankDiagonal) -> dict[str, float]:
     """The pruned and exported adapter beside plain LoRA: bytes, and forward time."""
+    if not bool((guide.log_alpha < THRESHOLD).any()):
+        return {}  # nothing to export
     plain = task.net().eval()
     batch = next(iter(task.test.in_order()))
     with tempfile.TemporaryDirectory() as name:
         folders = Path(name) / "pruned", Path(name) / "plain"
-        lrvd.prune(model, guide)
+        lrvd.prune(model, guide, log_alpha_threshold=THRESHOLD)
         lrvd.export_peft(folders[0], model, guide, probe=batch)
         plain.save_pretrained(str(folders[1]))
         sizes = [(f / "adapter_model.safetensors").stat().st_size for f in folders]
@@ -134,6 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run what is asked for, then show all lines so far."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--out", type=Path, default=RESULTS, help="a JSON lines file")
     options = parser.parse_args(argv)
@@ -141,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     for seed, folder in itertools.product(options.seeds, options.data):
         task = Task(folder, seed)
-        for name in MODELS:
+        for name in options.models:
             model, guide = trained(task, name)
             lines = list(sweep(task, model, guide))
             lines[-1] |= exported(task, model, guide)

@@ -208,7 +208,7 @@ class RankSpace:
     def cuts(self, keep: Tensor) -> Cuts:
         """What `select` would slice, all checked and nothing done."""
         check_mask(keep, self.size)
-        self._require_live()
+        self.require_live()
         cuts: Cuts = {}
         for layer, (name, kept) in zip(self.layers, self.split(keep).items()):
             cuts |= layer_cuts(name, layer, self.adapter, kept)
@@ -279,7 +279,7 @@ class RankSpace:
 
     @contextmanager
     def _holding(self, parts: Parts) -> Iterator[None]:
-        self._require_live()
+        self.require_live()
         parts = {**(self.bank.parts or {}), **parts}
         with self.bank.holding(parts), carried_by_checkpoints(self._blocks, self.bank):
             yield
@@ -296,7 +296,8 @@ class RankSpace:
                 f'not one per example; use RankELBO(noise="batch")'
             )
 
-    def _require_live(self) -> None:
+    def require_live(self) -> None:
+        """Raise a RuntimeError unless a draw can enter the forward pass."""
         modules: Iterator[Any] = self.net.modules()
         if self.layers[0] not in modules:
             raise RuntimeError(

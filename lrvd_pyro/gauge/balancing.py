@@ -1,0 +1,201 @@
+"""The balanced gauge, in which both moments of a module are one diagonal matrix."""
+
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from lrvd_pyro.gauge.gramians import Gramians
+from lrvd_pyro.moments import torch_optimisers
+from lrvd_pyro.rank_space import RankSpace
+
+Lengths = Literal["balanced", "kept"]
+FLOOR = 1e-12  # of a Gramian's eigenvalues, relative to the largest
+LINEAR = ["exp_avg", "momentum_buffer"]  # moments in the gradient, and in its square
+SQUARED = ["exp_avg_sq", "max_exp_avg_sq"]
+DEAD = 1e-3  # of a module's Hankel values, relative to the largest: directions only
+
+
+class Change(NamedTuple):
+    """A change of basis: A becomes ``forward @ A`` and B ``B @ backward``."""
+
+    forward: Tensor
+    backward: Tensor
+
+
+def hankel_values(gramians: Gramians) -> dict[str, Tensor]:
+    """The balanced singular values t of each module, descending, r in float64.
+
+    ``t_i^2`` are the eigenvalues of ``G M``, in nats per data set: what component i of
+    the balanced gauge adds to the Fisher information, were tokens independent. They do
+    not depend on the gauge: A -> T A, B -> B T^-1 leaves them as they are. They are the
+    singular values of ``H^1/2 dW S^1/2``, the update whitened by the second moments S
+    of its inputs and H of the scores of its outputs.
+
+    Source: as Hankel singular values of a linear system, Moore (1981); for a LoRA
+    adapter, derived here.
+    """
+    return {
+        name: torch.linalg.svdvals(root(scores).T @ root(gramians.activations[name]))
+        for name, scores in gramians.scores.items()
+    }
+
+
+def balance(
+    net: PeftModel,
+    gramians: Gramians,
+    optimizer: Any = None,
+    *,
+    lengths: Lengths = "balanced",
+    adapter: str | None = None,
+) -> dict[str, Change]:
+    """Move A and B of every module to the balanced gauge; the function stays.
+
+    ``A -> T A``, ``B -> B T^-1`` with ``T G T^T = T^-T M T^-1 = diag(t)``. The order is
+    by falling t, and in each row of A the entry of largest size is positive, so that
+    two runs compare. Only directions are fixed by theory: components with
+    ``t_i < 1e-3 max t`` get rows of A of the length that the module's rows had (root
+    mean square), and B has the rest, so that no rank dies. With ``lengths="kept"`` all
+    components do; then T G T^T and T^-T M T^-1 are diagonal with the product diag(t^2),
+    and learning rates fit as they did. A module whose B is still 0, or whose moments
+    are, stays as it is.
+
+    Adam's first moments, and momentum, are carried into the new basis exactly; second
+    moments as if the entries' gradients were uncorrelated. Noise is not: a guide's
+    variances belong to the old components, and `optimal_alpha` gives the new ones.
+
+    Args:
+        net: The PEFT model that the moments were taken from, unchanged since.
+        gramians: Of that model.
+        optimizer: What trains it, of this library, Pyro or torch; None if nothing does.
+        lengths: "balanced", or "kept" for an adapter that trains on.
+        adapter: The adapter's name; None takes the single active one.
+
+    Returns:
+        The change of basis of each module that moved, float64.
+
+    Raises:
+        TypeError: If a module is a grouped convolution, or the optimiser's state is
+            none of Adam's, AdamW's or SGD's.
+        ValueError: If the moments belong to other modules or ranks, or ``lengths`` is
+            neither.
+        RuntimeError: If the adapter is merged, disabled, inactive or deleted.
+        All modules have changed, or none.
+
+    Source: balanced realisation, Moore (1981), by the square-root method of Tombs and
+    Postlethwaite (1987); for LoRA, derived here.
+    """
+    space = RankSpace(net, adapter)
+    try:
+        return rebalance(space, gramians, optimizer, lengths)
+    finally:
+        space.close()
+
+
+@torch.no_grad()
+def rebalance(
+    space: RankSpace, gramians: Gramians, optimizer: Any, lengths: Lengths
+) -> dict[str, Change]:
+    """`balance` for a network that has its `RankSpace` already."""
+    if lengths not in get_args(Lengths):
+        raise ValueError(f'lengths={lengths!r}; expected "balanced" or "kept"')
+    space.require_live()
+    _check_fit(space, gramians)
+    weights = dict(
+        zip(space.modules, zip(space.weights("lora_A"), space.weights("lora_B")))
+    )
+    changes = {}
+    for name, (a, b) in weights.items():
+        moments = gramians.activations[name], gramians.scores[name]
+        if b.any() and all(gram.any() for gram in moments):
+            changes[name] = _change(*moments, a, DEAD if lengths == "balanced" else 1)
+    states = _states(optimizer, [w for name in changes for w in weights[name]])
+    for name, (forward, backward) in changes.items():
+        a, b = weights[name]
+        _mix_rows(a, forward)
+        _mix_columns(b, backward)
+        for key, value in states.get(a, {}).items():
+            _mix_rows(value, _power(backward.T, key))
+        for key, value in states.get(b, {}).items():
+            _mix_columns(value, _power(forward.T, key))
+    return changes
+
+
+def root(gramian: Tensor, floor: float = 0.0) -> Tensor:
+    """L with ``L L^T`` the Gramian, eigenvalues from ``floor`` times the largest."""
+    values, vectors = torch.linalg.eigh((gramian + gramian.T) / 2)
+    values = values.clamp(min=floor * float(values[-1].clamp(min=0)))
+    result: Tensor = vectors * values.sqrt()
+    return result
+
+
+def _change(activations: Tensor, scores: Tensor, lora_A: Tensor, dead: float) -> Change:
+    """The way to the balanced gauge of one module, with lengths kept below ``dead``."""
+    lower = root(activations, FLOOR)
+    _, t, right = torch.linalg.svd(root(scores).T @ lower)
+    # rows of ``whiten`` turn h into components of unit mean square, by falling t
+    whiten, unwhiten = right @ torch.linalg.inv(lower), lower @ right.T
+    rows = whiten @ lora_A.double().flatten(1).cpu()
+    lengths = rows.norm(dim=1)
+    typical = lora_A.double().flatten(1).norm(dim=1).square().mean().sqrt().cpu()
+    size = torch.where(t > dead * t[0], t.sqrt(), typical / lengths)
+    largest = rows.gather(1, rows.abs().argmax(1, keepdim=True)).squeeze(1)
+    size = size * torch.where(largest < 0, -1.0, 1.0)
+    return Change(size[:, None] * whiten, unwhiten / size)
+
+
+def _mix_rows(tensor: Tensor, matrix: Tensor) -> None:
+    mixed = matrix.to(tensor.device) @ tensor.double().flatten(1)
+    tensor.copy_(mixed.view_as(tensor))
+
+
+def _mix_columns(tensor: Tensor, matrix: Tensor) -> None:
+    mixed = tensor.double().movedim(1, -1) @ matrix.to(tensor.device)
+    tensor.copy_(mixed.movedim(-1, 1))
+
+
+def _power(matrix: Tensor, key: str) -> Tensor:
+    """How a moment mixes when gradients mix by ``matrix``."""
+    return matrix if key in LINEAR else matrix.square()
+
+
+def _states(optimizer: Any, weights: list[Tensor]) -> dict[Tensor, dict[str, Tensor]]:
+    """The optimiser's moments of these weights, all checked."""
+    if optimizer is None:
+        return {}
+    found = {}
+    for optim in torch_optimisers(optimizer):
+        for weight in optim.state.keys() & set(weights):
+            moments = {
+                key: value
+                for key, value in optim.state[weight].items()
+                if isinstance(value, Tensor) and value.dim() > 0
+            }
+            for key, value in moments.items():
+                if key not in LINEAR + SQUARED or value.shape != weight.shape:
+                    raise TypeError(
+                        f"{type(optim).__name__} keeps {key!r}, of which nothing says "
+                        f"how it changes with the basis; use Adam, AdamW or SGD, or "
+                        f"balance(net, gramians) and start a new optimiser"
+                    )
+            found[weight] = moments
+    return found
+
+
+def _check_fit(space: RankSpace, gramians: Gramians) -> None:
+    """Raise unless the moments are of these modules, and rows and columns can mix."""
+    given = {name: len(gram) for name, gram in gramians.scores.items()}
+    ours = dict(zip(space.modules, space.ranks, strict=True))
+    if given != ours:
+        differing = sorted(given.items() ^ ours.items())
+        raise ValueError(
+            f"the Gramians are of other LoRA modules or ranks, such as {differing[0]}; "
+            f"take them again: gramians(model, batches)"
+        )
+    for name, layer in zip(space.modules, space.layers, strict=True):
+        if getattr(layer.lora_B[space.adapter], "groups", 1) > 1:
+            raise TypeError(
+                f"{name!r} is a grouped convolution, whose ranks are tied to its "
+                f"groups; leave it out of target_modules to balance the others"
+            )

@@ -1,0 +1,224 @@
+"""Second moments of the rank activations and of their scores, module by module."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lrvd_pyro.models import GateLoRA
+from lrvd_pyro.noise import batch_size
+from lrvd_pyro.predict import evaluating
+
+OVERFLOW = (
+    "nothing was changed. Is a row all padding, or the network in float16? Run it in "
+    "float32 or bfloat16"
+)
+Labels = Literal["sampled", "observed"]
+Found = Callable[[int, Tensor, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Gramians:
+    """What `gramians` found, in float64.
+
+    Attributes:
+        activations: For each module G, the mean over tokens of ``h h^T``, r x r.
+        scores: For each module M, the sum over tokens and data of ``g g^T``, r x r,
+            in nats^2 per data set.
+        gate_fisher: ``F_i = sum_n (sum_t h_ti g_ti)^2``, the exact diagonal Fisher
+            information of the gates in the present gauge, (R,), per data set; empty
+            where nobody took it (`BalanceSchedule`).
+    """
+
+    activations: dict[str, Tensor]
+    scores: dict[str, Tensor]
+    gate_fisher: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+def gramians(
+    model: GateLoRA,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    labels: Labels = "sampled",
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> Gramians:
+    """The second moments that `balance` makes equal, from one pass over data.
+
+    With h = A x the rank activations of a module and ``g = d log p(y | x) / d h`` their
+    scores, at gates of 1 in eval mode: ``G = mean h h^T`` over tokens,
+    ``M = (N/n) sum g g^T`` over tokens and the n examples of ``batches``. Tokens whose
+    score is exactly 0, such as padding, count in neither. One forward and one backward
+    pass per batch; beyond them O(r^2) memory per module.
+
+    Args:
+        model: The network as a `GateLoRA`; its guide plays no part.
+        batches: Dicts of tensors as the model takes them.
+        labels: "sampled" draws them from the network's own predictive, so that M
+            belongs to the true Fisher information; "observed" takes those of the
+            batches (the empirical Fisher, which vanishes where the network fits).
+        generator: Of the sampled labels; None goes on from torch's global state.
+        progress: Show a bar over the batches.
+
+    Raises:
+        TypeError: If the model is no `GateLoRA`, or ``batches`` is one batch.
+        ValueError: If there are no batches, the likelihood cannot sample, labels are
+            missing, a score is not finite, or the network takes no gate per example
+            (DoRA).
+        RuntimeError: If the adapter is merged, disabled, inactive or deleted.
+
+    Source: the true Fisher by sampled labels, Kunstner, Balles and Hennig (2019, arXiv
+    1905.12558); factored moments, Martens and Grosse (2015, arXiv 1503.05671).
+    """
+    if not isinstance(model, GateLoRA):
+        raise TypeError(
+            f"model is a {type(model).__name__}; gates are what the gauge is of: "
+            f"GateLoRA(net, num_data=len(train))"
+        )
+    if labels not in get_args(Labels):
+        raise ValueError(f'labels={labels!r}; expected "sampled" or "observed"')
+    if isinstance(batches, Mapping):
+        raise TypeError(
+            "batches is one batch; expected several: gramians(model, [batch])"
+        )
+    sums, count = Sums(model.space.ranks), 0
+    fisher = torch.zeros(model.space.size, dtype=torch.float64)
+    with evaluating(model), seeded_by(generator):
+        for batch in tqdm(batches, disable=not progress, desc="gramians"):
+            fisher += _gate_scores(model, batch, labels, sums).square().sum(0).cpu()
+            count += batch_size(dict(batch))
+    if count == 0:
+        raise ValueError("got no batches; expected the training set")
+    modules, whole = model.space.modules, model.num_data / count
+    return Gramians(
+        activations=dict(zip(modules, sums.mean_activations(), strict=True)),
+        scores={m: whole * s for m, s in zip(modules, sums.scores, strict=True)},
+        gate_fisher=whole * fisher,
+    )
+
+
+class Sums:
+    """Running sums of ``h h^T`` and ``g g^T`` over tokens whose score is not 0."""
+
+    def __init__(self, ranks: Sequence[int]) -> None:
+        self.ranks = tuple(ranks)
+        self.activations = [torch.zeros(r, r, dtype=torch.float64) for r in ranks]
+        self.scores = [torch.zeros_like(gram) for gram in self.activations]
+        self.tokens = [0.0] * len(ranks)
+
+    def add(self, index: int, h: Tensor, g: Tensor) -> None:
+        """Count the tokens of module ``index``: ``... x r`` activations and scores.
+
+        Raises:
+            ValueError: If one is not finite.
+        """
+        h, g = (x.detach().flatten(0, -2).double() for x in (h, g))
+        live = (g != 0).any(-1, keepdim=True)
+        h = h * live
+        gram_h, gram_g = h.T @ h, g.T @ g
+        if not (gram_h.isfinite().all() and gram_g.isfinite().all()):
+            raise ValueError(
+                f"rank activations or their gradients are not finite in LoRA module "
+                f"number {index}; {OVERFLOW}"
+            )
+        self.activations[index] += gram_h.cpu()
+        self.scores[index] += gram_g.cpu()
+        self.tokens[index] += float(live.sum())
+
+    def mean_activations(self) -> list[Tensor]:
+        """The mean of ``h h^T`` over the tokens counted."""
+        pairs = zip(self.activations, self.tokens, strict=True)
+        return [gram / max(tokens, 1) for gram, tokens in pairs]
+
+
+@contextmanager
+def tapped(model: GateLoRA, found: Found) -> Iterator[None]:
+    """Within the block, hand over each module's rank activations and their gradients.
+
+    ``found(index, h, g)`` is called in the backward pass, with h before the gate and g
+    behind it, as ``... x r``.
+    """
+    handles = []
+    for index, layer in enumerate(model.space.layers):
+        lora_B: nn.Module = layer.lora_B[model.space.adapter]
+        tap = Tap(index, len(getattr(lora_B, "kernel_size", ())), found)
+        handles.append(lora_B.register_forward_pre_hook(tap.before, prepend=True))
+        handles.append(lora_B.register_forward_pre_hook(tap.behind))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Tap:
+    """Forward pre-hooks on one ``lora_B``, before its gate and behind it."""
+
+    def __init__(self, index: int, trailing: int, found: Found) -> None:
+        self.index, self.trailing, self.found = index, trailing, found
+
+    def before(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.h = args[0].detach()
+
+    def behind(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        h = self.h
+        if args[0].requires_grad:
+            args[0].register_hook(
+                lambda g: self.found(self.index, *map(self.last, (h, g)))
+            )
+
+    def last(self, x: Tensor) -> Tensor:
+        """Rank components on the last axis, as linear layers have them."""
+        return x.movedim(1, -1) if self.trailing else x
+
+
+def _gate_scores(
+    model: GateLoRA, batch: Mapping[str, Any], labels: Labels, sums: Sums
+) -> Tensor:
+    """Each example's score in its gates, ``B x R``; adds its tokens to ``sums``."""
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    observed = batch.get("labels") if labels == "observed" else None
+    if labels == "observed" and observed is None:
+        raise ValueError('a batch has no labels; expected labels, or labels="sampled"')
+    ones = model.space.ones().expand(batch_size(inputs), -1)
+    gates = ones.clone().requires_grad_()
+    with torch.enable_grad(), tapped(model, sums.add), model.bind(gates):
+        log_prob = _log_likelihood(model, model.predictions(**inputs), observed)
+        (scores,) = torch.autograd.grad(log_prob, gates)
+    return scores.double()
+
+
+def _log_likelihood(model: GateLoRA, predictions: Tensor, labels: Any) -> Tensor:
+    """The log density of a batch of labels, sampled if None; in nats, not scaled."""
+    if not predictions.isfinite().all():
+        raise ValueError("the network's predictions are not finite; " + OVERFLOW)
+    try:
+        with poutine.block(), pyro.validation_enabled(False):
+            program = poutine.trace(model.likelihood)
+            run = program.get_trace(predictions, labels, model.num_data)
+        site: Any = run.nodes["labels"]
+        log_prob: Tensor = site["fn"].log_prob(site["value"].detach()).sum()
+    except (NotImplementedError, KeyError) as error:
+        raise ValueError(
+            f"{type(model.likelihood).__name__} draws no site 'labels' ({error!r}); "
+            f'give gramians(..., labels="observed") or a likelihood that samples'
+        ) from error
+    return log_prob
+
+
+@contextmanager
+def seeded_by(generator: torch.Generator | None) -> Iterator[None]:
+    """Draw from torch's global state in the block, or from a seed of a generator."""
+    if generator is None:
+        yield
+        return
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

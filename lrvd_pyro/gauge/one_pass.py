@@ -1,0 +1,82 @@
+"""Any trained LoRA as a Bayesian one, from two passes over data."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from lrvd_pyro.gauge.balancing import rebalance
+from lrvd_pyro.gauge.gramians import gramians
+from lrvd_pyro.gauge.noise_to_signal import optimal_alpha
+from lrvd_pyro.guides import RankDiagonal
+from lrvd_pyro.likelihoods import Likelihood
+from lrvd_pyro.models import GateLoRA
+from lrvd_pyro.noise import batch_size
+from lrvd_pyro.priors import ARD, Prior
+
+
+def bayesianize(
+    net: PeftModel,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    likelihood: Likelihood,
+    num_data: int | None = None,
+    prior: Prior | None = None,
+    balance: bool = True,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> tuple[GateLoRA, RankDiagonal]:
+    """A model and its guide around an adapter that is trained already.
+
+    Moves A and B to the balanced gauge (the first pass), then sets each rank's noise
+    to `optimal_alpha` of its exact Fisher information there (the second). The network's
+    function at the posterior mean stays what it was; labels are not needed. The pair
+    goes into `predict`, `prune`, `export_peft`, or further `SVI.step`.
+
+    Args:
+        net: A PEFT LoRA model, trained; from memory or from disk.
+        batches: Its training set as dicts of tensors, to be gone through more than
+            once: a list or a DataLoader, no generator.
+        likelihood: Of labels given logits.
+        num_data: The number of training examples; None counts those of ``batches``.
+        prior: LogUniform (None), Normal or ARD.
+        balance: False leaves the gauge as training left it, for one pass less.
+        generator: Of the sampled labels.
+        progress: Show a bar for each pass.
+
+    Raises:
+        TypeError: If ``batches`` can be gone through only once, or the prior is none of
+            these; and as `GateLoRA` and `gramians` raise it. Nothing has changed then.
+        ValueError: As `gramians` raises it.
+        RuntimeError: If the adapter is merged, disabled, inactive or deleted.
+
+    Wrong where the quadratic expansion is: see `optimal_alpha`.
+    """
+    if iter(batches) is batches:
+        raise TypeError(
+            "batches can be gone through only once, and the passes are two; give a "
+            "DataLoader or a list: bayesianize(net, list(batches), ...)"
+        )
+    if num_data is None:
+        num_data = sum(batch_size(dict(batch)) for batch in batches) or 1
+    model = GateLoRA(net, prior=prior, likelihood=likelihood, num_data=num_data)
+    guide = RankDiagonal(model)
+    optimal_alpha(torch.ones(1), model.prior)  # refuses a prior before any change
+    options: dict[str, Any] = {"generator": generator, "progress": progress}
+    found = gramians(model, batches, **options)
+    if balance:
+        rebalance(model.space, found, None, "kept")
+        found = gramians(model, batches, **options)
+    set_noise(model, guide, optimal_alpha(found.gate_fisher, model.prior))
+    return model, guide
+
+
+@torch.no_grad()
+def set_noise(model: GateLoRA, guide: RankDiagonal, alpha: Tensor) -> None:
+    """Give a guide of N(1, alpha), and its prior's own variances, these alphas."""
+    ratio = alpha.to(guide.log_variance)
+    guide.log_variance.copy_(ratio.log().clamp(max=8.0))
+    if isinstance(model.prior, ARD):
+        model.prior.log_gamma.copy_(ratio.log1p())

@@ -1,0 +1,150 @@
+"""Re-balancing while training goes on."""
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrvd_pyro.gauge.balancing import Change, rebalance
+from lrvd_pyro.gauge.gramians import Gramians, Sums, tapped
+from lrvd_pyro.guides import RankDiagonal
+from lrvd_pyro.models import GateLoRA
+from lrvd_pyro.moments import torch_optimisers
+from lrvd_pyro.noise import batch_size
+from lrvd_pyro.pruning import check_pair
+
+
+class BalanceSchedule:
+    """Moves A and B to the balanced gauge every k steps of training.
+
+    Call `step` after every optimisation step. On every m-th step the moments of
+    `gramians` are gathered from the training's own backward pass: with the observed
+    labels, averaged over the guide's noise, the likelihood's factor N/B taken out. They
+    are summed from one balancing to the next.
+
+    Within each module the guide's variances are dealt anew, the smallest to the
+    component of largest t, Adam's moments along with them: the KL stays what it was,
+    and SVI learns the rest. Rows of A keep their length, and their moments are carried
+    as `balance` says.
+
+    Example::
+
+        rebalance = BalanceSchedule(model, guide, svi.optim, every=200)
+        for batch in loader:
+            svi.step(**batch)
+            rebalance.step()
+
+    Args:
+        model: The `GateLoRA` in training.
+        guide: Its `RankDiagonal`.
+        optimizer: What trains both; of this library, Pyro or torch.
+        every: Steps between balancings, k.
+        gather_every: Steps from one gathering to the next, m.
+
+    Attributes:
+        steps: Optimisation steps seen.
+
+    Raises:
+        TypeError: If the model is no `GateLoRA`, or the guide no `RankDiagonal` that
+            holds its gates' mean at 1.
+        ValueError: If a count is out of range, or the guide belongs to another model.
+
+    The loss must be in nats per data set, as `RankELBO` gives it: a factor on it is one
+    on every t. Source: derived here.
+    """
+
+    def __init__(
+        self,
+        model: GateLoRA,
+        guide: RankDiagonal,
+        optimizer: Any,
+        *,
+        every: int = 200,
+        gather_every: int = 4,
+    ) -> None:
+        check_pair(model, guide)
+        if not isinstance(model, GateLoRA) or guide.learn_mean:
+            raise TypeError(
+                f"model is a {type(model).__name__} with learn_mean="
+                f"{guide.learn_mean}; the gauge is free for gates of mean 1 alone: "
+                f"GateLoRA(net, ...) and RankDiagonal(model)"
+            )
+        if not 1 <= gather_every <= every:
+            raise ValueError(
+                f"every={every}, gather_every={gather_every}; expected numbers of "
+                f"steps: BalanceSchedule(..., every=200, gather_every=4)"
+            )
+        self.model, self.guide, self.optimizer = model, guide, optimizer
+        self.every, self.gather_every = every, gather_every
+        self.steps = 0
+        self._taps = ExitStack()
+        self._forget()
+        self._listen()
+
+    def step(self) -> dict[str, Change] | None:
+        """Count a step; returns the changes of basis if this one was to balance."""
+        self.steps += 1
+        self._taps.close()
+        changes = None
+        if self.steps % self.every == 0 and self._examples:
+            changes = rebalance(
+                self.model.space, self.found(), self.optimizer, lengths="kept"
+            )
+            self._sort_noise(changes)
+            self._forget()
+        self._listen()
+        return changes
+
+    def found(self) -> Gramians:
+        """The moments gathered since the last balancing."""
+        modules = self.model.space.modules
+        whole = self.model.num_data / max(self._examples, 1)
+        scores = [whole * gram for gram in self._sums.scores]
+        return Gramians(
+            dict(zip(modules, self._sums.mean_activations(), strict=True)),
+            dict(zip(modules, scores, strict=True)),
+        )
+
+    def close(self) -> None:
+        """Leave the network as it was without this schedule."""
+        self._taps.close()
+
+    def _forget(self) -> None:
+        self._sums, self._examples = Sums(self.model.space.ranks), 0
+
+    def _listen(self) -> None:
+        """Tap the next step if it is one to gather on."""
+        if (self.steps + 1) % self.gather_every:
+            return
+        hook = self.model.register_forward_pre_hook(self._tap, with_kwargs=True)
+        self._taps.callback(hook.remove)
+
+    def _tap(self, model: nn.Module, args: Any, batch: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled():
+            return
+        if self._sums.ranks != self.model.space.ranks:
+            self._forget()  # ranks were pruned
+        self._size = batch_size(batch)
+        self._examples += self._size
+        self._taps.enter_context(tapped(self.model, self._add))
+
+    def _add(self, index: int, h: Tensor, g: Tensor) -> None:
+        self._sums.add(index, h, g * (self._size / self.model.num_data))
+
+    @torch.no_grad()
+    def _sort_noise(self, changes: dict[str, Change]) -> None:
+        whole = self.guide.log_variance
+        tensors = [whole.data]
+        for optim in torch_optimisers(self.optimizer):
+            tensors += [m for m in optim.state.get(whole, {}).values() if m.dim() == 1]
+        sites = zip(self.guide.families, *map(self.guide.by_site, tensors))
+        for site, *vectors in sites:
+            if site not in self.guide.held:
+                continue
+            parts = [self.model.space.split(v).items() for v in vectors]
+            for (module, own), *moments in zip(*parts):
+                if module in changes:
+                    order = own.argsort()
+                    for vector in (own, *(m for _, m in moments)):
+                        vector.copy_(vector[order])
