@@ -15,6 +15,7 @@ from pyro.distributions import constraints
 from pyro.infer.util import is_validation_enabled
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Likelihood(Protocol):
@@ -31,6 +32,16 @@ class Likelihood(Protocol):
         The outer products of their gradients sum to the Fisher information of each
         example.
         """
+
+    def contrasts(self, predictions: Tensor) -> Tensor:
+        """``B x K`` linear functions of ``B x ...`` predictions.
+
+        The likelihood must depend on the predictions through them alone. The linearised
+        predictive takes one backward pass for each.
+        """
+
+    def from_contrasts(self, contrasts: Tensor) -> Tensor:
+        """``S x B x ...`` predictions that have the contrasts ``S x B x K``."""
 
     def summarise(self, predictions: Tensor) -> dict[str, Tensor]:
         """Reduce ``S x B x ...`` predictions to the fields of `collect`."""
@@ -126,6 +137,20 @@ class Categorical:
         log_probs = precise(predictions).log_softmax(-1)
         return (0.5 * log_probs.detach()).exp() * log_probs
 
+    def contrasts(self, predictions: Tensor) -> Tensor:
+        """The differences of the logits to those of class 0, ``B x (C - 1)``."""
+        if predictions.dim() != 2 or predictions.shape[1] < 2:
+            raise ValueError(
+                f"logits have shape {tuple(predictions.shape)}; the linearised "
+                f"predictive takes B x C, two classes or more: "
+                f'predict(..., method="sample")'
+            )
+        logits = precise(predictions)
+        return logits[:, 1:] - logits[:, :1]
+
+    def from_contrasts(self, contrasts: Tensor) -> Tensor:
+        return F.pad(contrasts, (1, 0))
+
     def summarise(self, predictions: Tensor) -> dict[str, Tensor]:
         samples = precise(predictions).softmax(-1)
         probs = samples.mean(0)
@@ -214,6 +239,13 @@ class Normal(PyroModule):
         mean = self._mean(predictions)
         root: Tensor = mean / self.scale.detach().to(mean.device)
         return root.unsqueeze(-1)
+
+    def contrasts(self, predictions: Tensor) -> Tensor:
+        """The mean, ``B x 1``."""
+        return self._mean(predictions).unsqueeze(-1)
+
+    def from_contrasts(self, contrasts: Tensor) -> Tensor:
+        return contrasts
 
     def summarise(self, predictions: Tensor) -> dict[str, Tensor]:
         means = torch.stack([self._mean(p) for p in predictions])
