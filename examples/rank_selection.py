@@ -77,7 +77,7 @@ def trained(task: Task, name: str) -> tuple[Any, RankDiagonal]:
     )
     svi = SVI(model, guide, optim, loss=elbo)
     schedule = lrvd.RankSchedule(
-        model, guide, optim, start=warmup, every=task.steps // LOOKS, elbo=elbo
+        model, guide, optim, start=warmup, every=-(-task.steps // LOOKS), elbo=elbo
     )
     for batches in task.epochs(net):
         for batch in batches:

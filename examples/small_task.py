@@ -5,7 +5,7 @@ the base's own dropout off, 1,500 training sentences; 500 others to choose by, a
 official dev set for the report.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ TRAIN, DEV, EPOCHS, BATCH, LR, R = 1500, 500, 10, 32, 1e-3, 8
 class Task:
     """The data and the common training schedule of one seed."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, num_epochs: int | None = None) -> None:
         (path,) = folder.glob("train*.tsv")
         pool = read_tsv(path)
         order = torch.Generator().manual_seed(seed)
@@ -31,7 +31,8 @@ class Task:
         self.train = Encoded(pool.take(rows[:TRAIN]))
         self.dev = Encoded(pool.take(rows[TRAIN:]))
         self.test = Encoded(read_tsv(folder / "dev.tsv").by_length())
-        self.steps = EPOCHS * -(-TRAIN // BATCH)
+        self.num_epochs = num_epochs or EPOCHS
+        self.steps = self.num_epochs * -(-TRAIN // BATCH)
 
     def net(self, *, member: int = 0, dropout: float = 0.0) -> PeftModel:
         """A fresh network; members of an ensemble differ in their initial weights."""
@@ -54,7 +55,7 @@ class Task:
     def epochs(self, net: PeftModel, *, member: int = 0) -> Iterator[Iterable[Any]]:
         """The batches of each epoch, the network in training mode."""
         order = torch.Generator().manual_seed(self.seed + 1000 * member)
-        for epoch in range(EPOCHS):
+        for epoch in range(self.num_epochs):
             net.train()
             batches = self.train.batches(BATCH, order)
             yield tqdm(batches, desc=f"epoch {epoch + 1}", leave=False)
@@ -69,3 +70,24 @@ def logits(net: PeftModel, data: Encoded) -> Tensor:
     """The network's logits for all data, in its present mode."""
     with torch.no_grad():
         return torch.cat([net(**batch).logits for batch in data.in_order()])
+
+
+def train_lora(
+    task: Task,
+    net: PeftModel,
+    *,
+    member: int = 0,
+    each_epoch: Callable[[], None] = lambda: None,
+) -> None:
+    """Plain LoRA: cross-entropy, AdamW, linear decay."""
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    optim = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optim, task.decay)
+    for batches in task.epochs(net, member=member):
+        for batch in batches:
+            net(**batch).loss.backward()
+            optim.step()
+            schedule.step()
+            optim.zero_grad()
+        net.eval()
+        each_epoch()

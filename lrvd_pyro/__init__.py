@@ -3,6 +3,7 @@
 from lrvd_pyro import (
     calibration,
     distributions,
+    gauge,
     guides,
     likelihoods,
     models,
@@ -34,6 +35,7 @@ __all__ = [
     "checkpoint",
     "distributions",
     "export_peft",
+    "gauge",
     "guides",
     "likelihoods",
     "linear_warmup",

@@ -193,6 +193,8 @@ def _match_pair(name: str, model_site: Site, guide_site: Site) -> None:
 def _equal(one: Any, other: Any) -> bool:
     if one is None or other is None:
         return False
+    if isinstance(one, float) and isinstance(other, float):
+        return one == other
     one, other = torch.as_tensor(one), torch.as_tensor(other)
     return one.shape == other.shape and bool((one == other).all())
 

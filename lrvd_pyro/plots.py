@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from lrvd_pyro.axes import axes_or_new, short, with_legend
 from lrvd_pyro.calibration import calibration_bins, risk_coverage
 from lrvd_pyro.likelihoods import CategoricalPrediction
 from lrvd_pyro.rank_schedule import RankHistory
@@ -47,14 +48,14 @@ def rank_heatmap(
         own = [i for i, name in enumerate(places[by]) if name == group]
         modules = {places["module"][i] for i in own}
         rows.append(share[:, own].sum(1) / len(modules))
-    ax = _axes(ax, height=max(2.4, 1.2 + 0.3 * len(groups)))
+    ax = axes_or_new(ax, height=max(2.4, 1.2 + 0.3 * len(groups)))
     picture = torch.stack(rows).numpy()
     mesh = ax.pcolormesh(
         history.steps, range(len(groups)), picture, vmin=0.0, shading="nearest"
     )
     colours = ax.figure.colorbar(mesh, ax=ax)
     colours.set_label("effective rank per module")
-    ax.set_yticks(range(len(groups)), [_short(str(group)) for group in groups])
+    ax.set_yticks(range(len(groups)), [short(str(group)) for group in groups])
     ax.invert_yaxis()
     ax.set(xlabel="optimisation step", ylabel="" if by == "type" else by)
     ax.set_title(f"Effective rank over training, by {'module ' * (by == 'type')}{by}")
@@ -85,14 +86,14 @@ def effective_rank(
     mean = ranks.mean(0).numpy()
     sd = ranks.std(0, correction=min(1, len(runs) - 1)).numpy()
     name = f"{label}, mean ± sd of {len(runs)} runs" if len(runs) > 1 else label
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     (line,) = ax.plot(steps, mean, label=name if label else None)
     if len(runs) > 1:
         colour = line.get_color()
         ax.fill_between(steps, mean - sd, mean + sd, color=colour, alpha=0.25, lw=0)
     ax.set(xlabel="optimisation step", ylabel="effective rank", ylim=(0, None))
     ax.set_title("Effective rank over training")
-    return _with_legend(ax, label)
+    return with_legend(ax, label)
 
 
 def threshold_sweep(
@@ -130,7 +131,7 @@ def threshold_sweep(
         sd = values.std(0, correction=min(1, len(own) - 1))
         points.append([threshold, *values.mean(0).tolist(), *sd.tolist()])
     thresholds, x, y, x_sd, y_sd = zip(*points)
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     ax.errorbar(x, y, y_sd, x_sd, fmt="o-", ms=4, lw=1, capsize=2, label=label)
     for threshold, at in zip(thresholds, zip(x, y)):
         ax.annotate(
@@ -139,7 +140,7 @@ def threshold_sweep(
     ax.set(xlabel="rank components kept", ylabel=NAMES[score], ylim=_zoomed(ax))
     title = NAMES[score].split(" (")[0]
     ax.set_title(f"{title[0].upper()}{title[1:]} by log alpha threshold")
-    return _with_legend(ax, label)
+    return with_legend(ax, label)
 
 
 def reliability_diagram(
@@ -164,7 +165,7 @@ def reliability_diagram(
     height = (index.bincount(hit, minlength=bins) / count).numpy()
     mean = (index.bincount(confidence, minlength=bins) / count).numpy()
     left = [i / bins for i in range(bins)]
-    ax = _axes(ax, width=4.2, height=4.2)
+    ax = axes_or_new(ax, width=4.2, height=4.2)
     ax.plot([0, 1], [0, 1], "--", color="grey", lw=1, label="calibrated")
     ax.bar(left, height, 1 / bins, align="edge", alpha=0.5, label="accuracy")
     ax.plot(mean, height, "o", ms=4, color="C0", label="at mean confidence")
@@ -192,12 +193,12 @@ def risk_coverage_curve(
     confidence, hit = _confidence_and_hit(prediction, labels)
     risk = risk_coverage(confidence, 1 - hit)
     coverage = (torch.arange(1, len(risk) + 1) / len(risk)).numpy()
-    ax = _axes(ax)
+    ax = axes_or_new(ax)
     name = f"{label}, " if label else ""
     ax.plot(coverage, risk.numpy(), label=f"{name}AURC {float(risk.mean()):.3f}")
     ax.set(xlabel="coverage (share of data predicted)", ylabel="risk (error rate)")
     ax.set(xlim=(0, 1), ylim=(0, None), title="Risk and coverage")
-    return _with_legend(ax, "AURC")
+    return with_legend(ax, "AURC")
 
 
 def gate_forest(
@@ -224,7 +225,7 @@ def gate_forest(
     tails = torch.tensor([(1 - prob) / 2, 0.5, (1 + prob) / 2], dtype=torch.double)
     low, median, high = gates.quantile(tails, 0).numpy()
     modules = [str(name) for name in posterior["module"].values]
-    ax = _axes(ax, height=1.0 + 0.06 * len(modules))
+    ax = axes_or_new(ax, height=1.0 + 0.06 * len(modules))
     ticks, start = [], 0
     for i, name in enumerate(dict.fromkeys(modules)):
         own = [j for j, module in enumerate(modules) if module == name]
@@ -234,33 +235,40 @@ def gate_forest(
         ax.plot(median[own], y, "o", color=colour, ms=2.5)
         ticks.append(start + (len(own) - 1) / 2)
         start += len(own) + 1
-    ax.set_yticks(ticks, [_short(name) for name in dict.fromkeys(modules)], fontsize=8)
+    ax.set_yticks(ticks, [short(name) for name in dict.fromkeys(modules)], fontsize=8)
     ax.set_ylim(start, -2)
     ax.set(xlabel=f"gate, median and {prob:.0%} interval", title="Posterior of gates")
     return ax
 
 
-def _axes(ax: "Axes | None", *, width: float = 5.5, height: float = 3.4) -> "Axes":
-    if ax is not None:
-        return ax
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install matplotlib") from error
-    return pyplot.subplots(figsize=(width, height), layout="constrained")[1]
+def energy_curves(values: Mapping[str, Tensor], *, ax: "Axes | None" = None) -> "Axes":
+    """The share of each module's energy in its first k balanced components.
 
+    ``sum_{i <= k} t_i^2 / sum_i t_i^2`` against k, a line per module, with t from
+    `lrvd_pyro.gauge.hankel_values`; the same for all gauges of one adapter.
 
-def _with_legend(ax: "Axes", label: str | None) -> "Axes":
-    if label is not None:
-        ax.legend(frameon=False, fontsize=8)
+    Raises:
+        ValueError: If there are no modules, or one has no energy.
+    """
+    empty = [name for name, t in values.items() if not float(t.square().sum()) > 0]
+    if empty or not values:
+        raise ValueError(
+            f"of {len(values)} modules {empty} have no energy; expected the values of "
+            f"a trained adapter: hankel_values(gramians(model, batches))"
+        )
+    ax = axes_or_new(ax)
+    from matplotlib import colormaps
+
+    shades = colormaps["viridis"](torch.linspace(0, 1, len(values)).numpy())
+    for (name, t), colour in zip(values.items(), shades):
+        energy = t.square().cumsum(0) / t.square().sum()
+        whole = torch.cat([energy.new_zeros(1), energy]).cpu().numpy()
+        ax.plot(range(len(whole)), whole, color=colour, label=short(name), lw=1.2)
+    ax.set_xlabel("balanced components kept in a module")
+    ax.set_ylabel("share of its energy")
+    ax.set_ylim(0, 1.02)
+    ax.legend(frameon=False, fontsize=7, ncols=2, loc="lower right")
     return ax
-
-
-def _short(name: str) -> str:
-    """The module's name from its layer's number on; the last three parts of others."""
-    parts = name.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[numbers[0] :] if numbers else parts[-3:])
 
 
 def _zoomed(ax: "Axes") -> tuple[float, float]:

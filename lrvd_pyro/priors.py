@@ -28,8 +28,9 @@ from pyro import distributions as dist
 from torch import Tensor, nn
 
 from lrvd_pyro import distributions
+from lrvd_pyro.groups import Level
 from lrvd_pyro.naming import FreezableModule
-from lrvd_pyro.rank_space import Level, RankSpace
+from lrvd_pyro.rank_space import RankSpace
 
 Prior = Callable[[RankSpace], Tensor]
 
@@ -193,7 +194,7 @@ class Horseshoe:
         scale = self.scale
         for level in self.levels:
             index = space.group(level)
-            each = scale * space.ones(int(index.max()) + 1)
+            each = scale * space.ones(space.count(level))
             gate = gate * _sample(f"{level}_scale", dist.HalfCauchy(each))[..., index]
             scale = 1.0
         if self.slab is None:
@@ -235,7 +236,7 @@ class Hierarchical:
 
     def __call__(self, space: RankSpace) -> Tensor:
         index = space.group(self.over)
-        each = dist.HalfCauchy(space.ones(int(index.max()) + 1))
+        each = dist.HalfCauchy(space.ones(space.count(self.over)))
         scale = _sample(f"{self.over}_scale", each)
         return _sample("gate", self.family(scale[..., index]))
 

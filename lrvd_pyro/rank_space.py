@@ -7,7 +7,6 @@ no inference.
 """
 
 import copy
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -17,6 +16,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from lrvd_pyro.groups import Coordinates, Groups, Level
 from lrvd_pyro.hooks import (
     Bank,
     Contexts,
@@ -31,7 +31,6 @@ from lrvd_pyro.lora_layers import find_layers, pick_adapter
 from lrvd_pyro.surgery import Cuts, check_mask, layer_cuts, resize_layer, slice_tensors
 
 Side = Literal["lora_A", "lora_B"]
-Level = Literal["global", "module", "layer", "type", "rank"]
 
 
 class RankSpace:
@@ -74,6 +73,7 @@ class RankSpace:
         self.layers: tuple[LoraLayer, ...] = tuple(layers.values())
         self.ranks = tuple(layer.r[self.adapter] for layer in self.layers)
         self.size = sum(self.ranks)
+        self._groups = Groups(self.modules, self.ranks)
         self.origin = tuple(range(self.size))
         self.sides = sides
         self.bank = Bank()
@@ -97,41 +97,33 @@ class RankSpace:
         return dict(zip(self.modules, parts, strict=True))
 
     @property
-    def coordinates(self) -> dict[str, list[str] | list[int]]:
+    def coordinates(self) -> Coordinates:
         """For each rank component its module, module type, layer and rank index.
 
         The layer is the first number in the module's name (-1 if it has none); the
         type is what follows it: ``encoder.layer.3.attention.self.query`` is of type
         ``attention.self.query`` in layer 3.
         """
-        found = [re.search(r"(?:^|\.)(\d+)\.(.+)$", name) for name in self.modules]
-        layers = [int(m.group(1)) if m else -1 for m in found]
-        types = [m.group(2) if m else name for m, name in zip(found, self.modules)]
-        each = [i for i, r in enumerate(self.ranks) for _ in range(r)]
-        return {
-            "module": [self.modules[i] for i in each],
-            "type": [types[i] for i in each],
-            "layer": [layers[i] for i in each],
-            "rank": [j for r in self.ranks for j in range(r)],
-        }
+        return self._groups.coordinates()
 
     def group(self, level: Level) -> Tensor:
         """For each rank component the number of its group at a level, (R,).
 
         Modules, layers and types are numbered as they first occur in `coordinates`.
+        The tensor is kept for the next call: do not write into it.
         """
-        if level == "global":
-            return torch.zeros(self.size, dtype=torch.long, device=self.device)
-        if level == "rank":
-            return torch.arange(self.size, device=self.device)
-        labels = self.coordinates[level]
-        number = {label: i for i, label in enumerate(dict.fromkeys(labels))}
-        return torch.tensor([number[label] for label in labels], device=self.device)
+        return self._groups.at(level, self.device)[0]
+
+    def count(self, level: Level) -> int:
+        """How many groups there are at a level."""
+        return self._groups.at(level, self.device)[1]
 
     @property
     def device(self) -> torch.device:
         """Where the first LoRA module lies; make a prior's constants there."""
-        return self.weights("lora_A")[0].device
+        lora_A: Any = self.layers[0].lora_A[self.adapter]
+        device: torch.device = lora_A.weight.device
+        return device
 
     def ones(self, size: int | None = None) -> Tensor:
         """Ones on that device, (R,) or (size,): what a prior makes its constants of."""
@@ -186,7 +178,8 @@ class RankSpace:
         Raises:
             ValueError: If the length does not fit, or a layer's rows fit no ``B``.
         """
-        lengths = [int(self.widths(side).sum()) for side in self.sides]
+        sizes = {side: [w.numel() for w in self.weights(side)] for side in self.sides}
+        lengths = [sum(each) for each in sizes.values()]
         if value.dim() not in (1, 2) or value.shape[-1] != sum(lengths):
             raise ValueError(
                 f"the drawn weights have shape {tuple(value.shape)}; expected "
@@ -195,7 +188,7 @@ class RankSpace:
         self._require_one_draw_for_dora(value)
         parts: Parts = {}
         for side, flat in zip(self.sides, torch.split(value, lengths, -1), strict=True):
-            pieces = torch.split(flat, [w.numel() for w in self.weights(side)], -1)
+            pieces = torch.split(flat, sizes[side], -1)
             rows = [v.view(*v.shape[:-1], r, -1) for v, r in zip(pieces, self.ranks)]
             parts[side] = rows if side == "lora_A" else [v.mT for v in rows]
         with self._holding(parts):
@@ -257,6 +250,7 @@ class RankSpace:
         self.modules = tuple(name for name, r in zip(self.modules, ranks) if r)
         self.ranks = tuple(r for r in ranks if r)
         self.size = sum(ranks)
+        self._groups = Groups(self.modules, self.ranks)
         self.origin = tuple(i for i, kept in zip(self.origin, keep.tolist()) if kept)
 
     def close(self) -> None:

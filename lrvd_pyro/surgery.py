@@ -107,7 +107,7 @@ def indices_kept(space: "RankSpace", keep: Tensor, name: str, size: int) -> Tens
     level = name.rpartition(".")[2].partition("_")[0]
     if level in LEVELS:
         group = space.group(level)  # type: ignore[arg-type]
-        if size == int(group.max()) + 1:
+        if size == space.count(level):  # type: ignore[arg-type]
             left = list(dict.fromkeys(group[keep].tolist()))
             return torch.tensor(left, device=space.device)
     if size == space.size:

@@ -78,7 +78,8 @@ class FactorLoRA(RankModel):
 
     def draw(self) -> Tensor:
         """Draw the weights, ``K`` (``B x K`` when drawn per example)."""
-        size = sum(int(self.space.widths(side).sum()) for side in self.space.sides)
+        weights = [w for side in self.space.sides for w in self.space.weights(side)]
+        size = sum(w.numel() for w in weights)
         value: Tensor = self.prior.sample("factor", size)
         return value
 

@@ -1,5 +1,6 @@
 """Low-rank variational dropout: one gate per rank component."""
 
+import math
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -7,7 +8,7 @@ import pyro
 import torch
 from peft import PeftModel
 from pyro import distributions as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from lrvd_pyro.likelihoods import Categorical, Likelihood
@@ -68,6 +69,7 @@ class GateLoRA(RankModel):
         _check_densities(prior, weight_prior)
         self.prior = prior or LogUniform()
         self.weight_prior = weight_prior
+        self._centred = _is_centred(weight_prior)
         self._prior_names_gate = check_prior(self.prior, self.space)
 
     def draw(self) -> Tensor:
@@ -77,16 +79,41 @@ class GateLoRA(RankModel):
             gate = pyro.deterministic("gate", gate, event_dim=1)
         if self.weight_prior is not None:
             weights = self.space.weights("lora_A") + self.space.weights("lora_B")
-            log_probs = [self.weight_prior.log_prob(w).sum() for w in weights]
-            penalty = dist.Unit(torch.stack(log_probs).sum())
+            penalty = dist.Unit(self._log_density(weights))
             nothing = gate.new_empty(0)
             mark: Any = {"is_weight_prior": True}
             pyro.sample("weight_prior", penalty, obs=nothing, infer=mark)
         return gate
 
+    def _log_density(self, weights: list[nn.Parameter]) -> Tensor:
+        """Of all elements of A and B together under the weight prior, in nats."""
+        prior: Any = self.weight_prior
+        if not self._centred:
+            elements = torch.cat([w.reshape(-1) for w in weights])
+            log_prob: Tensor = prior.log_prob(elements).sum()
+            return log_prob
+        # By norms: a backward pass then keeps nothing but the weights themselves.
+        exact = torch.promote_types(weights[0].dtype, torch.float32)
+        norms = [torch.linalg.vector_norm(w, dtype=exact) for w in weights]
+        scale = prior.scale.to(exact).reshape(())
+        squares = torch.stack(norms).square().sum() / scale.square()
+        count = sum(w.numel() for w in weights)
+        constant = scale.log() + 0.5 * math.log(2 * math.pi)
+        log_density: Tensor = -0.5 * squares - count * constant
+        return log_density
+
     def bind(self, value: Tensor) -> AbstractContextManager[None]:
         """Gate the forward passes within the block."""
         return self.space.bind(value)
+
+
+def _is_centred(prior: Any) -> bool:
+    """Whether a prior is Normal(0, scale), and remains so."""
+    if type(prior) not in (torch.distributions.Normal, dist.Normal):
+        return False
+    loc: Tensor = prior.loc
+    one = loc.numel() == prior.scale.numel() == 1
+    return one and not loc.requires_grad and not loc.any()
 
 
 def _check_densities(prior: Any, weight_prior: Any) -> None:

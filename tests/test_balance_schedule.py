@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
+from nets import bert, perceptron, tokens
 from pyro.infer import SVI
 
 import lrvd_pyro as lrvd
 from lrvd_pyro.gauge import BalanceSchedule, balance, gramians, hankel_values
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
-from tests.nets import bert, perceptron, tokens
 
 
 def quiet(lr: float = 0.0, **options: Any) -> tuple[Any, ...]:

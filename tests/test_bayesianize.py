@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from gauges import seeded
+from nets import bert, perceptron, regression, tokens
 from peft import AutoPeftModelForSequenceClassification
 from pyro.infer import SVI
 from torch import Tensor
@@ -15,8 +17,6 @@ from lrvd_pyro import priors
 from lrvd_pyro.distributions import LogUniform as LogUniformDensity
 from lrvd_pyro.gauge import bayesianize, gramians, hankel_values, optimal_alpha
 from lrvd_pyro.likelihoods import Categorical, Normal
-from tests.gauges import seeded
-from tests.nets import bert, perceptron, regression, tokens
 
 FISHER = torch.logspace(-5, 5, 41, dtype=torch.float64)
 

@@ -85,9 +85,8 @@ def test_the_judge_refuses_chains_that_have_not_mixed(
         example.main(["--out", str(tmp_path)])
 
 
-def test_rank_selection_scores_every_threshold_and_exports(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def tiny_task(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """small_task.py on 64 sentences of CoLA; skips where there is no data."""
     data = EXAMPLES.parents[1] / "shared" / "data" / "cola"
     if not data.exists():
         pytest.skip(f"no data at {data.name}: it lies outside the project")
@@ -95,19 +94,78 @@ def test_rank_selection_scores_every_threshold_and_exports(
     task = shrunk("small_task", monkeypatch, TRAIN=64, DEV=8, EPOCHS=2, LR=1e-2)
     read = task.read_tsv
     monkeypatch.setattr(task, "read_tsv", lambda path: read(path).take(range(100)))
+    return data
+
+
+def test_rank_selection_scores_every_threshold_and_exports(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    data = tiny_task(monkeypatch)
     example = shrunk(
         "rank_selection", monkeypatch, TRAIN=64, THRESHOLDS=(-4.0, 3.0, 20.0)
     )
     out = tmp_path / "lines.jsonl"
     example.main(["--data", str(data), "--seeds", "0", "--out", str(out)])
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert len(lines) == 2 * len(example.THRESHOLDS)
+    assert len(lines) == 3 * len(example.THRESHOLDS)
     for model in example.MODELS:
         own = [line for line in lines if line["model"] == model]
         ranks = [line["rank"] for line in own]
-        assert ranks == sorted(ranks) and ranks[-1] == 96
+        pruned = model.endswith("pruned in training")
+        assert ranks == sorted(ranks) and (pruned or ranks[-1] == 96)
         assert own[-1]["bytes"] <= 1 and own[-1]["time"] > 0
     assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+@pytest.mark.filterwarnings("ignore:no closed form of KL")
+def test_the_linear_teacher_is_aligned_by_balancing_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    torch.set_default_dtype(torch.float32)
+    example = shrunk("gauge", monkeypatch, STEPS=400, EVERY=100)
+    example.main(["--seeds", "1", "--out", str(tmp_path)])
+    rows = {}
+    for line in (tmp_path / "gauge.md").read_text().splitlines()[2:]:
+        name, *cells = (cell.strip() for cell in line.split("|")[1:-1])
+        rows[name] = [float(cell.split(" ± ")[0]) if cell else None for cell in cells]
+    assert list(rows) == list(example.METHODS)
+    assert rows["balanced"][0] > 0.97
+    for other in ("training alone", "covariance over the core"):
+        assert rows[other][0] < 0.9
+
+
+def test_the_gauge_benchmark_compares_orders_and_posteriors(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    data = tiny_task(monkeypatch)
+    monkeypatch.syspath_prepend(EXAMPLES / "benchmarks")
+    monkeypatch.delitem(sys.modules, "gauge", raising=False)
+    ways = shrunk("one_pass", monkeypatch, SAMPLES=2)
+    names = (
+        "trained gauge",
+        "balanced, noise refitted",
+        "balanced, whole core, N(0, 1)",
+    )
+    monkeypatch.setattr(ways, "POSTERIORS", {n: ways.POSTERIORS[n] for n in names})
+    benchmark = shrunk("gauge", monkeypatch, TRAIN=64, BUDGETS=(12,))
+    monkeypatch.delitem(sys.modules, "gauge")
+    out = tmp_path / "lines.jsonl"
+    arguments = ["--data", str(data), "--seeds", "0", "--epochs", "2"]
+    benchmark.main([*arguments, "--out", str(out)])
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    orders = [line for line in lines if line["table"] == "order"]
+    assert [line["k"] for line in orders] == [96] + 5 * [12]
+    energy = {}
+    for line in lines:
+        if line["table"] == "energy":
+            assert line["energy"][-1] == pytest.approx(1)
+            energy.setdefault((line["order"], line["metric"]), []).append(line["auc"])
+    best = {key: sum(values) for key, values in energy.items()}
+    for order in ("trained gauge", "norm", "random"):
+        assert best["balanced", "whitened"] > best[order, "whitened"]
+        assert best["SVD of dW", "Frobenius"] > best[order, "Frobenius"]
+    posteriors = {line["posterior"] for line in lines if line["table"] == "posterior"}
+    assert posteriors == {"plain LoRA", *names}
 
 
 def test_the_benchmarks_command_in_the_readme_starts() -> None:

@@ -4,17 +4,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from gauges import found, mix, rows, seeded, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import PeftModel
-from torch import Tensor
-
-from lrvd_pyro import likelihoods
-from lrvd_pyro.fisher import gate_fisher
-from lrvd_pyro.gauge import balance, gramians, hankel_values
-from lrvd_pyro.models import GateLoRA
-from tests.gauges import found, mix, rows, seeded, weights
-from tests.nets import (
+from nets import (
     RAGGED,
     bert,
     conv,
@@ -23,6 +16,13 @@ from tests.nets import (
     regression,
     tokens,
 )
+from peft import PeftModel
+from torch import Tensor
+
+from lrvd_pyro import likelihoods
+from lrvd_pyro.fisher import gate_fisher
+from lrvd_pyro.gauge import balance, gramians, hankel_values
+from lrvd_pyro.models import GateLoRA
 
 
 def off_diagonal(gramian: Tensor, t: Tensor) -> float:

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from gauges import found, rows, weights
+from nets import GROUPED, grouped, lora, perceptron
 from torch import Tensor
 
 from lrvd_pyro.gauge import balance, gramians
 from lrvd_pyro.models import FactorLoRA, GateLoRA
-from tests.gauges import found, rows, weights
-from tests.nets import GROUPED, grouped, lora, perceptron
 
 
 @pytest.mark.parametrize("name", ["merged", "disabled"])

@@ -5,7 +5,7 @@ from typing import Any
 import pyro
 import pytest
 import torch
-from nets import bert, regression, tokens
+from nets import bert, perceptron, regression, tokens
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import SVI
@@ -176,3 +176,25 @@ def test_a_site_called_weight_prior_is_no_weight_prior() -> None:
     elbo = lrvd.RankELBO()
     elbo.loss(model, guide, x=torch.zeros(2))
     assert "weight_prior" not in elbo.terms and "log_likelihood" in elbo.terms
+
+
+@pytest.mark.parametrize(
+    "prior",
+    [
+        dist.Normal(0.0, 0.3),
+        dist.Normal(0.2, 0.3),
+        dist.Normal(torch.zeros(1), torch.full((1,), 0.3)),
+        dist.Laplace(0.0, 0.3),
+    ],
+)
+def test_the_weight_prior_is_the_density_of_all_elements(prior: Any) -> None:
+    model = GateLoRA(perceptron(), num_data=12, weight_prior=prior)
+    weights = model.space.weights("lora_A") + model.space.weights("lora_B")
+    expected = torch.stack([prior.log_prob(w).sum() for w in weights]).sum()
+    with poutine.trace() as run, torch.random.fork_rng():
+        model.draw()
+    found = run.trace.nodes["weight_prior"]["fn"].log_factor
+    near: Any = {"rtol": 1e-6, "atol": 0.0}  # the priors are of single precision
+    torch.testing.assert_close(found, expected, **near)
+    slopes = (torch.autograd.grad(x, weights) for x in (found, expected))
+    torch.testing.assert_close(*slopes, **near)

@@ -209,3 +209,16 @@ def test_what_cannot_be_drawn_is_refused() -> None:
     data["posterior"] = data["posterior"].rename(gate="factor")
     with pytest.raises(ValueError, match=r"variables \['factor'\]; expected"):
         plots.gate_forest(data)
+
+
+def test_energy_curves_rise_from_none_to_all_of_each_module() -> None:
+    values = {
+        "encoder.layer.0.query": torch.tensor([3.0, 1.0, 0.0]),
+        "encoder.layer.1.query": torch.tensor([2.0, 2.0]),
+    }
+    ax = plots.energy_curves(values)
+    found = {line.get_label(): drawn(line) for line in ax.get_lines()}
+    assert found["0.query"] == ([0, 1, 2, 3], pytest.approx([0, 0.9, 1, 1]))
+    assert found["1.query"] == ([0, 1, 2], pytest.approx([0, 0.5, 1]))
+    with pytest.raises(ValueError, match=r"of 1 modules \['dead'\] have no energy"):
+        plots.energy_curves({"dead": torch.zeros(2)})

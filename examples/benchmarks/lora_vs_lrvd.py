@@ -24,9 +24,9 @@ from typing import Any
 import pandas as pd
 import torch
 import transformers
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from pyro.infer import SVI
-from small_task import EPOCHS, LR, TRAIN, Task, logits
+from small_task import EPOCHS, LR, TRAIN, Task, logits, train_lora
 from torch import Tensor, nn
 
 import lrvd_pyro as lrvd
@@ -40,27 +40,6 @@ FACTOR_RATE = 0.2  # learning rate of FactorLoRA's log variances
 THRESHOLD, BUDGET = 3.0, 19  # log alpha of ranks to count; how many of 96 to keep
 RESULTS = Path(__file__).parent / "results" / "lora_vs_lrvd.jsonl"
 Rows = Iterator[tuple[str, Tensor, dict[str, float]]]
-
-
-def train_lora(
-    task: Task,
-    net: PeftModel,
-    *,
-    member: int = 0,
-    each_epoch: Callable[[], None] = lambda: None,
-) -> None:
-    """Plain LoRA: cross-entropy, AdamW, linear decay."""
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    optim = torch.optim.AdamW(parameters, lr=LR, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optim, task.decay)
-    for batches in task.epochs(net, member=member):
-        for batch in batches:
-            net(**batch).loss.backward()
-            optim.step()
-            schedule.step()
-            optim.zero_grad()
-        net.eval()
-        each_epoch()
 
 
 def lora(task: Task) -> Rows:
