@@ -106,7 +106,8 @@ def threshold_sweep(
     """A score against the ranks kept, a point for each pruning threshold.
 
     Rows of one threshold, as from several seeds, make a point at their means with
-    their standard deviations. Points are marked with the threshold of log alpha.
+    their standard deviations. Points are marked with the threshold of log alpha, unless
+    that keeps about as many as the last one marked.
 
     Args:
         rows: Mappings with "threshold", "rank" and the score.
@@ -133,10 +134,11 @@ def threshold_sweep(
     thresholds, x, y, x_sd, y_sd = zip(*points)
     ax = axes_or_new(ax)
     ax.errorbar(x, y, y_sd, x_sd, fmt="o-", ms=4, lw=1, capsize=2, label=label)
-    for threshold, at in zip(thresholds, zip(x, y)):
-        ax.annotate(
-            f"{threshold:g}", at, xytext=(4, 5), textcoords="offset points", size=8
-        )
+    marked = -torch.inf
+    for threshold, *at in zip(thresholds, x, y):
+        if at[0] - marked > 0.04 * max(x):
+            marked, mark = at[0], f"{threshold:g}"
+            ax.annotate(mark, at, xytext=(4, 5), textcoords="offset points", size=8)
     ax.set(xlabel="rank components kept", ylabel=NAMES[score], ylim=_zoomed(ax))
     title = NAMES[score].split(" (")[0]
     ax.set_title(f"{title[0].upper()}{title[1:]} by log alpha threshold")
@@ -264,9 +266,8 @@ def energy_curves(values: Mapping[str, Tensor], *, ax: "Axes | None" = None) -> 
         energy = t.square().cumsum(0) / t.square().sum()
         whole = torch.cat([energy.new_zeros(1), energy]).cpu().numpy()
         ax.plot(range(len(whole)), whole, color=colour, label=short(name), lw=1.2)
-    ax.set_xlabel("balanced components kept in a module")
-    ax.set_ylabel("share of its energy")
-    ax.set_ylim(0, 1.02)
+    ax.set(xlabel="components kept", ylabel="share of energy", ylim=(0, 1.02))
+    ax.set_title("Energy of each module, balanced")
     ax.legend(frameon=False, fontsize=7, ncols=2, loc="lower right")
     return ax
 

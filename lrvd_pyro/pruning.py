@@ -15,8 +15,10 @@ the signal of a rank adds up and its noise averages out, so that a component wit
 log alpha of 3 may still carry signal; ``criterion="elbo_drop"`` shares this blindness,
 as it takes the curvature for isotropic. Measure before you trust either.
 
-Source: concavity and units, from the model's quadratic expansion (derived here); the
-criterion log alpha > 3, Molchanov, Ashukha and Vetrov (2017, arXiv 1701.05369).
+The default of 3 suits FactorLoRA, pruned in training (``examples/rank_selection.py``);
+balance the gates of a GateLoRA first (`lrvd_pyro.gauge`).
+
+Source: derived here; log alpha > 3, Molchanov, Ashukha and Vetrov (2017, 1701.05369).
 """
 
 from typing import Any, Literal

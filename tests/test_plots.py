@@ -104,6 +104,9 @@ def test_a_sweep_has_a_point_per_threshold() -> None:
     assert (low, high) == pytest.approx((-(2**0.5), 2**0.5))
     assert ax.get_ylabel() == "NLL (nats per datum)"
     assert ax.get_title() == "NLL by log alpha threshold"
+    near = [dict(rows[0], threshold=9.0, rank=9.1), *rows]
+    ax = plots.threshold_sweep(near, score="nll")
+    assert len(ax.texts) == 2 and len(drawn(ax.lines[0])[0]) == 3
     flat = plots.threshold_sweep(rows)
     assert flat.get_ylim()[0] < 0.8 < flat.get_ylim()[1]
 
@@ -170,6 +173,7 @@ PICTURES: dict[str, Callable[[Any], Any]] = {
     "sweep": lambda ax: plots.threshold_sweep(ROWS, ax=ax),
     "reliability": lambda ax: plots.reliability_diagram(P, LABELS, ax=ax),
     "risk": lambda ax: plots.risk_coverage_curve(P, LABELS, ax=ax),
+    "energy": lambda ax: plots.energy_curves({"a": torch.ones(2)}, ax=ax),
     "forest": lambda ax: plots.gate_forest(gates(torch.randn(9, 2), ["a", "b"]), ax=ax),
 }
 
