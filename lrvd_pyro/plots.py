@@ -135,7 +135,7 @@ def threshold_sweep(
     ax = axes_or_new(ax)
     ax.errorbar(x, y, y_sd, x_sd, fmt="o-", ms=4, lw=1, capsize=2, label=label)
     marked = -torch.inf
-    for threshold, *at in zip(thresholds, x, y):
+    for threshold, at in zip(thresholds, zip(x, y)):
         if at[0] - marked > 0.04 * max(x):
             marked, mark = at[0], f"{threshold:g}"
             ax.annotate(mark, at, xytext=(4, 5), textcoords="offset points", size=8)

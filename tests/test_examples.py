@@ -164,6 +164,7 @@ def test_the_gauge_benchmark_compares_orders_and_posteriors(
     for order in ("trained gauge", "norm", "random"):
         assert best["balanced", "whitened"] > best[order, "whitened"]
         assert best["SVD of dW", "Frobenius"] > best[order, "Frobenius"]
+    assert out.with_suffix(".png").stat().st_size > 10_000
     posteriors = {line["posterior"] for line in lines if line["table"] == "posterior"}
     assert posteriors == {"plain LoRA", *names}
 

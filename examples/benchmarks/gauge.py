@@ -20,7 +20,8 @@ What was chosen (multiplicity 2) was chosen on "dev", 500 other training sentenc
     PYTHONPATH=examples python examples/benchmarks/gauge.py \\
         --data ../shared/data/sst2
 
-appends lines to results/gauge.jsonl and prints the tables of all lines.
+appends lines to results/gauge.jsonl, prints the tables of all lines and draws
+results/gauge.png.
 """
 
 import argparse
@@ -35,6 +36,7 @@ from typing import Any
 import pandas as pd
 import torch
 import transformers
+from matplotlib import pyplot as plt
 from one_pass import POSTERIORS
 from peft import PeftModel
 from small_task import BATCH, EPOCHS, TRAIN, Task, logits, train_lora
@@ -203,6 +205,26 @@ def show(frame: pd.DataFrame) -> str:
     return "\n\n".join(part.round(3).to_string() for part in parts)
 
 
+def picture(frame: pd.DataFrame, path: Path) -> None:
+    """Energy against the components of a module, accuracy against those of all."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    energy = frame[frame["table"] == "energy"]
+    for ax, metric in zip(axes, ("Frobenius", "whitened")):
+        for order, rows in energy[energy["metric"] == metric].groupby("order"):
+            curve = torch.tensor(rows["energy"].tolist()).mean(0)
+            ax.plot(range(1, len(curve) + 1), curve, "o-", ms=3, lw=1, label=order)
+        ax.set(xlabel="components of a module", title=f"energy kept, {metric} norm")
+    orders = frame[(frame["table"] == "order") & (frame["k"] < 96)]
+    for order, rows in orders.groupby("order"):
+        mean = rows.groupby("k")["accuracy"].mean()
+        axes[2].plot(mean.index, mean, "o-", ms=3, lw=1, label=order)
+    full = frame[(frame["table"] == "order") & (frame["k"] == 96)]["accuracy"].mean()
+    axes[2].axhline(full, color="grey", lw=0.8, ls="--", label="all 96")
+    axes[2].set(xlabel="components kept, of 96", title="accuracy on test")
+    axes[2].legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=90)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run what is asked for, then show all lines so far."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -222,7 +244,9 @@ def main(argv: list[str] | None = None) -> None:
         for line in run(Task(folder, seed, epochs), options.posteriors):
             with open(options.out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(given | line) + "\n")
-    print(show(pd.read_json(options.out, lines=True)))
+    frame = pd.read_json(options.out, lines=True)
+    print(show(frame))
+    picture(frame, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
