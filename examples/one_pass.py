@@ -59,6 +59,7 @@ def one_pass(
         return probs
 
     def release() -> None:
+        model.space.close()
         model.release()
         guide.release()
 
@@ -91,7 +92,11 @@ def over_the_core(net: PeftModel, batches: list[Any]) -> Built:
             total = total + logits(net, data).softmax(-1) / SAMPLES
         return total
 
-    return predict, model.release
+    def release() -> None:
+        model.space.close()
+        model.release()
+
+    return predict, release
 
 
 def fixed() -> torch.Generator:

@@ -1,5 +1,6 @@
 """Re-balancing in training."""
 
+import json
 from typing import Any
 
 import pytest
@@ -163,6 +164,69 @@ def test_evaluating_the_loss_is_no_gathering() -> None:
         torch.testing.assert_close(gram, before.scores[name])
 
 
+def test_ranks_pruned_on_the_very_step_of_balancing_are_forgotten() -> None:
+    model, guide, svi, schedule = quiet(every=4, gather_every=1)
+    batch = tokens(16)
+    for step in range(8):
+        svi.step(**batch)
+        if step == 3:
+            keep = torch.ones(model.space.size, dtype=torch.bool)
+            keep[[4, 5, 6, 7]] = False  # the second module goes
+            lrvd.pruning.select(model, guide, keep, svi.optim)
+        moved = schedule.step()
+        assert bool(moved) == (step == 7)
+    assert set(moved or {}) == set(model.space.modules)
+
+
+def test_micro_batches_count_once_each() -> None:
+    model, guide, svi, schedule = quiet(every=9, gather_every=1)
+    batches = [tokens(8) for _ in range(3)]
+    loss = lrvd.RankELBO()(model, guide)
+    counts = []
+    for batch in batches:
+        loss(**batch).backward()
+        counts.append(schedule._sums.tokens[0])
+    assert counts == [counts[0], 2 * counts[0], 3 * counts[0]]
+
+
+def test_a_priors_own_variances_are_dealt_with_the_noise() -> None:
+    net, batch = bert(), tokens(16)
+    model = GateLoRA(net, num_data=16, prior=lrvd.priors.ARD())
+    guide = RankDiagonal(model)
+    optim = lrvd.optim.AdamW(lr=1e-9, variational_lr=1e-9)
+    elbo = lrvd.RankELBO()
+    svi = SVI(model, guide, optim, loss=elbo)
+    schedule = BalanceSchedule(model, guide, optim, every=2, gather_every=1)
+    with torch.no_grad():
+        guide.log_variance.copy_(torch.randn(model.space.size) - 2)
+        model.prior.log_gamma.copy_(guide.log_variance.exp().log1p())
+    kl = []
+    for _ in range(3):
+        svi.step(**batch)
+        kl.append(float(elbo.terms["kl"]["total"]))
+        schedule.step()
+    assert kl[2] == pytest.approx(kl[1], rel=1e-6)
+
+
+def test_a_saved_schedule_goes_on_where_it_was() -> None:
+    model, guide, svi, schedule = quiet(every=9, gather_every=2)
+    batch = tokens(16)
+    for _ in range(3):
+        svi.step(**batch)
+        schedule.step()
+    state = json.loads(json.dumps(schedule.state_dict()))
+    schedule.close()
+    again = BalanceSchedule(model, guide, svi.optim, every=9, gather_every=2)
+    again.load_state_dict(state)
+    assert again.state_dict() == schedule.state_dict() and again.steps == 3
+    svi.step(**batch)  # the fourth, to gather on
+    assert again.state_dict()["examples"] == 32
+    other = GateLoRA(bert(r=2), num_data=4)
+    stranger = BalanceSchedule(other, RankDiagonal(other), svi.optim)
+    with pytest.raises(ValueError, match="knows modules of ranks"):
+        stranger.load_state_dict(state)
+
+
 def test_closing_leaves_no_hook() -> None:
     model, guide, svi, schedule = quiet(every=4, gather_every=1)
     schedule.close()
@@ -178,5 +242,7 @@ def test_what_cannot_be_balanced_in_training_is_refused() -> None:
     model = GateLoRA(perceptron(), num_data=3)
     with pytest.raises(TypeError, match="learn_mean=True"):
         BalanceSchedule(model, RankDiagonal(model, learn_mean=True), None)
+    with pytest.raises(TypeError, match="optimizer is a NoneType"):
+        BalanceSchedule(model, RankDiagonal(model), None)
     with pytest.raises(ValueError, match="every=2, gather_every=4"):
         BalanceSchedule(model, RankDiagonal(model), None, every=2)

@@ -1,6 +1,7 @@
 """The balanced gauge: what `gramians` measures and what `balance` changes."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -254,3 +255,16 @@ def test_optimiser_state_moves_with_the_basis() -> None:
         for weight in pair:
             torch.testing.assert_close(optim.state[weight]["exp_avg"], weight.grad)
             assert (optim.state[weight]["exp_avg_sq"] >= 0).all()
+
+
+@pytest.mark.parametrize("lengths", ["balanced", "kept"])
+def test_components_that_are_all_zero_stay_finite(lengths: Any) -> None:
+    """As `export_peft(mode="padded")` leaves them."""
+    net, batch = perceptron(), rows(30, 5)
+    with torch.no_grad():
+        for a, b in weights(net):
+            a[3], b[:, 3] = 0, 0
+    before = net(**batch).detach()
+    balance(net, found(net, [batch]), lengths=lengths)
+    assert all(w.isfinite().all() for pair in weights(net) for w in pair)
+    torch.testing.assert_close(net(**batch).detach(), before)

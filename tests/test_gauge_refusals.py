@@ -97,3 +97,10 @@ def test_an_optimiser_of_unknown_moments_is_refused_before_anything_changes() ->
     with pytest.raises(TypeError, match="nothing says how it changes"):
         balance(net, found(net, [batch]), optim)
     assert all(torch.equal(a, b) for a, (b, _) in zip(old, weights(net)))
+
+
+def test_the_optimiser_of_another_network_is_refused() -> None:
+    net, batch = perceptron(), rows(30, 5)
+    other = torch.optim.Adam([w for pair in weights(perceptron()) for w in pair])
+    with pytest.raises(ValueError, match="holds no LoRA weight of this network"):
+        balance(net, found(net, [batch]), other)

@@ -62,8 +62,9 @@ def balance(
     are, stays as it is.
 
     Adam's first moments, and momentum, are carried into the new basis exactly; second
-    moments as if the entries' gradients were uncorrelated. Noise is not: a guide's
-    variances belong to the old components, and `optimal_alpha` gives the new ones.
+    moments as if the entries' gradients were uncorrelated. A guide is not: its
+    variances, and means if learned, belong to the old components; `optimal_alpha` gives
+    the new ones. Weight decay and a ``weight_prior`` are not the same in all gauges.
 
     Args:
         net: The PEFT model that the moments were taken from, unchanged since.
@@ -78,8 +79,8 @@ def balance(
     Raises:
         TypeError: If a module is a grouped convolution, or the optimiser's state is
             none of Adam's, AdamW's or SGD's.
-        ValueError: If the moments belong to other modules or ranks, or ``lengths`` is
-            neither.
+        ValueError: If the moments belong to other modules or ranks, the optimiser to
+            another network, or ``lengths`` is neither.
         RuntimeError: If the adapter is merged, disabled, inactive or deleted.
         All modules have changed, or none.
 
@@ -139,7 +140,8 @@ def _change(activations: Tensor, scores: Tensor, lora_A: Tensor, dead: float) ->
     rows = whiten @ lora_A.double().flatten(1).cpu()
     lengths = rows.norm(dim=1)
     typical = lora_A.double().flatten(1).norm(dim=1).square().mean().sqrt().cpu()
-    size = torch.where(t > dead * t[0], t.sqrt(), typical / lengths)
+    kept = torch.where(lengths > 0, typical / lengths, 1 / whiten.norm(dim=1))
+    size = torch.where(t > dead * t[0], t.sqrt(), kept)
     largest = rows.gather(1, rows.abs().argmax(1, keepdim=True)).squeeze(1)
     size = size * torch.where(largest < 0, -1.0, 1.0)
     return Change(size[:, None] * whiten, unwhiten / size)
@@ -164,8 +166,14 @@ def _states(optimizer: Any, weights: list[Tensor]) -> dict[Tensor, dict[str, Ten
     """The optimiser's moments of these weights, all checked."""
     if optimizer is None:
         return {}
-    found = {}
-    for optim in torch_optimisers(optimizer):
+    found, optims = {}, torch_optimisers(optimizer)
+    known = {p for o in optims for group in o.param_groups for p in group["params"]}
+    if known and known.isdisjoint(weights):
+        raise ValueError(
+            "the optimiser holds no LoRA weight of this network; pass the one that "
+            "trains it"
+        )
+    for optim in optims:
         for weight in optim.state.keys() & set(weights):
             moments = {
                 key: value
@@ -197,5 +205,6 @@ def _check_fit(space: RankSpace, gramians: Gramians) -> None:
         if getattr(layer.lora_B[space.adapter], "groups", 1) > 1:
             raise TypeError(
                 f"{name!r} is a grouped convolution, whose ranks are tied to its "
-                f"groups; leave it out of target_modules to balance the others"
+                f"groups; leave it out of target_modules, or give "
+                f"bayesianize(..., balance=False)"
             )

@@ -9,7 +9,7 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+from tqdm.std import tqdm
 
 from lrvd_pyro.models import GateLoRA
 from lrvd_pyro.noise import batch_size
@@ -87,6 +87,7 @@ def gramians(
         raise TypeError(
             "batches is one batch; expected several: gramians(model, [batch])"
         )
+    _refuse_dora(model)
     sums, count = Sums(model.space.ranks), 0
     fisher = torch.zeros(model.space.size, dtype=torch.float64)
     with evaluating(model), seeded_by(generator):
@@ -101,6 +102,17 @@ def gramians(
         scores={m: whole * s for m, s in zip(modules, sums.scores, strict=True)},
         gate_fisher=whole * fisher,
     )
+
+
+def _refuse_dora(model: GateLoRA) -> None:
+    space = model.space
+    for name, layer in zip(space.modules, space.layers, strict=True):
+        if space.adapter in layer.lora_variant:
+            raise ValueError(
+                f"the DoRA layer {name!r} takes one draw for the whole batch, so that "
+                f"no example has a score of its own; the gauge needs plain LoRA "
+                f"(LoraConfig(use_dora=False))"
+            )
 
 
 class Sums:

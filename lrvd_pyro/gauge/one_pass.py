@@ -1,6 +1,6 @@
 """Any trained LoRA as a Bayesian one, from two passes over data."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -8,13 +8,13 @@ from peft import PeftModel
 from torch import Tensor
 
 from lrvd_pyro.gauge.balancing import rebalance
-from lrvd_pyro.gauge.gramians import gramians
+from lrvd_pyro.gauge.gramians import gramians, seeded_by
 from lrvd_pyro.gauge.noise_to_signal import optimal_alpha
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.likelihoods import Likelihood
 from lrvd_pyro.models import GateLoRA
 from lrvd_pyro.noise import batch_size
-from lrvd_pyro.priors import ARD, Prior
+from lrvd_pyro.priors import ARD, LogUniform, Prior
 
 
 def bayesianize(
@@ -23,6 +23,7 @@ def bayesianize(
     *,
     likelihood: Likelihood,
     num_data: int | None = None,
+    adapter: str | None = None,
     prior: Prior | None = None,
     balance: bool = True,
     generator: torch.Generator | None = None,
@@ -41,42 +42,58 @@ def bayesianize(
             once: a list or a DataLoader, no generator.
         likelihood: Of labels given logits.
         num_data: The number of training examples; None counts those of ``batches``.
+        adapter: The adapter's name; None takes the single active one.
         prior: LogUniform (None), Normal or ARD.
         balance: False leaves the gauge as training left it, for one pass less.
         generator: Of the sampled labels.
         progress: Show a bar for each pass.
 
     Raises:
-        TypeError: If ``batches`` can be gone through only once, or the prior is none of
-            these; and as `GateLoRA` and `gramians` raise it. Nothing has changed then.
+        TypeError: If ``batches`` is one batch or can be gone through only once, or the
+            prior is none of these; and as `GateLoRA` and `balance` raise it.
         ValueError: As `gramians` raises it.
         RuntimeError: If the adapter is merged, disabled, inactive or deleted.
+        The network's function is what it was in any case.
 
-    Wrong where the quadratic expansion is: see `optimal_alpha`.
+    Log alpha ends at 8, the guide's bound. Wrong where the quadratic expansion is: see
+    `optimal_alpha`.
     """
-    if iter(batches) is batches:
+    if isinstance(batches, Mapping):
+        raise TypeError(
+            "batches is one batch; expected several: bayesianize(net, [batch], ...)"
+        )
+    if isinstance(batches, Iterator):
         raise TypeError(
             "batches can be gone through only once, and the passes are two; give a "
             "DataLoader or a list: bayesianize(net, list(batches), ...)"
         )
     if num_data is None:
-        num_data = sum(batch_size(dict(batch)) for batch in batches) or 1
-    model = GateLoRA(net, prior=prior, likelihood=likelihood, num_data=num_data)
-    guide = RankDiagonal(model)
-    optimal_alpha(torch.ones(1), model.prior)  # refuses a prior before any change
+        with seeded_by(generator):
+            num_data = sum(batch_size(dict(batch)) for batch in batches) or 1
+    prior = prior or LogUniform()
+    optimal_alpha(torch.ones(1), prior)  # refuses a prior before any change
+    model = GateLoRA(
+        net, prior=prior, likelihood=likelihood, num_data=num_data, adapter=adapter
+    )
     options: dict[str, Any] = {"generator": generator, "progress": progress}
-    found = gramians(model, batches, **options)
-    if balance:
-        rebalance(model.space, found, None, "kept")
+    try:
         found = gramians(model, batches, **options)
-    set_noise(model, guide, optimal_alpha(found.gate_fisher, model.prior))
+        if balance:
+            rebalance(model.space, found, None, "kept")
+            found = gramians(model, batches, **options)
+    except BaseException:
+        model.space.close()
+        model.release()
+        raise
+    guide = RankDiagonal(model)
+    set_noise(model, guide, optimal_alpha(found.gate_fisher, prior))
     return model, guide
 
 
 @torch.no_grad()
 def set_noise(model: GateLoRA, guide: RankDiagonal, alpha: Tensor) -> None:
     """Give a guide of N(1, alpha), and its prior's own variances, these alphas."""
-    ratio = alpha.to(guide.log_variance)
-    guide.log_variance.copy_(ratio.log().clamp(max=8.0))
+    log_alpha = alpha.to(guide.log_variance).log().clamp(max=8.0)
+    guide.log_variance.copy_(log_alpha)
     if isinstance(model.prior, ARD):
-        model.prior.log_gamma.copy_(ratio.log1p())
+        model.prior.log_gamma.copy_(log_alpha.exp().log1p())

@@ -1,5 +1,6 @@
 """Re-balancing while training goes on."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -24,9 +25,9 @@ class BalanceSchedule:
     are summed from one balancing to the next.
 
     Within each module the guide's variances are dealt anew, the smallest to the
-    component of largest t, Adam's moments along with them: the KL stays what it was,
-    and SVI learns the rest. Rows of A keep their length, and their moments are carried
-    as `balance` says.
+    component of largest t; the prior's own variances and Adam's moments go along. The
+    KL stays what it was, and SVI learns the rest. Rows of A keep their length, and
+    their moments are carried as `balance` says.
 
     Example::
 
@@ -34,6 +35,7 @@ class BalanceSchedule:
         for batch in loader:
             svi.step(**batch)
             rebalance.step()
+        rebalance.close()
 
     Args:
         model: The `GateLoRA` in training.
@@ -46,12 +48,15 @@ class BalanceSchedule:
         steps: Optimisation steps seen.
 
     Raises:
-        TypeError: If the model is no `GateLoRA`, or the guide no `RankDiagonal` that
-            holds its gates' mean at 1.
+        TypeError: If the model is no `GateLoRA`, the guide no `RankDiagonal` that holds
+            its gates' mean at 1, or the optimiser none.
         ValueError: If a count is out of range, or the guide belongs to another model.
 
-    The loss must be in nats per data set, as `RankELBO` gives it: a factor on it is one
-    on every t. Source: derived here.
+    The loss must be in nats per data set, as `RankELBO` gives it: a factor on it, such
+    as 1/k of k micro-batches, is one on every t, and changes no direction. A
+    RankSchedule with ``checks`` above 1 counts by place, which balancing deals anew.
+
+    Source: derived here.
     """
 
     def __init__(
@@ -78,20 +83,22 @@ class BalanceSchedule:
         self.model, self.guide, self.optimizer = model, guide, optimizer
         self.every, self.gather_every = every, gather_every
         self.steps = 0
-        self._taps = ExitStack()
+        torch_optimisers(optimizer)  # refuses what is none
+        self._taps, self._tapping = ExitStack(), False
         self._forget()
         self._listen()
 
     def step(self) -> dict[str, Change] | None:
         """Count a step; returns the changes of basis if this one was to balance."""
         self.steps += 1
-        self._taps.close()
+        self.close()
         changes = None
+        self._forget_if_pruned()
         if self.steps % self.every == 0 and self._examples:
             changes = rebalance(
                 self.model.space, self.found(), self.optimizer, lengths="kept"
             )
-            self._sort_noise(changes)
+            self._deal_noise(changes)
             self._forget()
         self._listen()
         return changes
@@ -109,6 +116,43 @@ class BalanceSchedule:
     def close(self) -> None:
         """Leave the network as it was without this schedule."""
         self._taps.close()
+        self._tapping = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters and sums, as JSON has them."""
+        sums = self._sums
+        return {
+            "steps": self.steps,
+            "examples": self._examples,
+            "ranks": list(sums.ranks),
+            "tokens": sums.tokens,
+            "activations": [gram.tolist() for gram in sums.activations],
+            "scores": [gram.tolist() for gram in sums.scores],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken, on a model pruned as that one was.
+
+        Raises:
+            ValueError: If the model has other ranks.
+        """
+        if tuple(state["ranks"]) != self.model.space.ranks:
+            raise ValueError(
+                f"the saved schedule knows modules of ranks {state['ranks']} and the "
+                f"model has {list(self.model.space.ranks)}; restore the model first"
+            )
+        self.close()
+        self._forget()
+        self.steps, self._examples = state["steps"], state["examples"]
+        self._sums.tokens = list(state["tokens"])
+        for kind in ("activations", "scores"):
+            grams = [torch.tensor(g, dtype=torch.float64) for g in state[kind]]
+            setattr(self._sums, kind, grams)
+        self._listen()
+
+    def _forget_if_pruned(self) -> None:
+        if self._sums.ranks != self.model.space.ranks:
+            self._forget()
 
     def _forget(self) -> None:
         self._sums, self._examples = Sums(self.model.space.ranks), 0
@@ -123,28 +167,40 @@ class BalanceSchedule:
     def _tap(self, model: nn.Module, args: Any, batch: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():
             return
-        if self._sums.ranks != self.model.space.ranks:
-            self._forget()  # ranks were pruned
+        self._forget_if_pruned()
         self._size = batch_size(batch)
         self._examples += self._size
-        self._taps.enter_context(tapped(self.model, self._add))
+        if not self._tapping:  # micro-batches of one step share their taps
+            self._taps.enter_context(tapped(self.model, self._add))
+            self._tapping = True
 
     def _add(self, index: int, h: Tensor, g: Tensor) -> None:
         self._sums.add(index, h, g * (self._size / self.model.num_data))
 
     @torch.no_grad()
-    def _sort_noise(self, changes: dict[str, Change]) -> None:
-        whole = self.guide.log_variance
-        tensors = [whole.data]
-        for optim in torch_optimisers(self.optimizer):
-            tensors += [m for m in optim.state.get(whole, {}).values() if m.dim() == 1]
-        sites = zip(self.guide.families, *map(self.guide.by_site, tensors))
-        for site, *vectors in sites:
-            if site not in self.guide.held:
-                continue
-            parts = [self.model.space.split(v).items() for v in vectors]
-            for (module, own), *moments in zip(*parts):
+    def _deal_noise(self, changes: dict[str, Change]) -> None:
+        guide, space = self.guide, self.model.space
+        for site in guide.held:
+            which = list(guide.families).index(site)
+            vectors = [guide.by_site(v)[which] for v in self._moved(guide.log_variance)]
+            deal = torch.arange(space.size, device=vectors[0].device)
+            places = space.split(deal).items()
+            for (module, place), own in zip(places, space.split(vectors[0]).values()):
                 if module in changes:
-                    order = own.argsort()
-                    for vector in (own, *(m for _, m in moments)):
-                        vector.copy_(vector[order])
+                    place.copy_(place[own.argsort()])
+            if isinstance(self.model.prior, nn.Module):
+                for parameter in self.model.prior.parameters():
+                    if parameter.shape == deal.shape:
+                        vectors += self._moved(parameter)
+            for vector in vectors:
+                vector.copy_(vector[deal])
+
+    def _moved(self, parameter: Tensor) -> list[Tensor]:
+        """A parameter's data and its moments."""
+        moments = [
+            moment
+            for optim in torch_optimisers(self.optimizer)
+            for moment in optim.state.get(parameter, {}).values()
+            if isinstance(moment, Tensor) and moment.shape == parameter.shape
+        ]
+        return [parameter.data, *moments]
