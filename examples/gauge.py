@@ -134,14 +134,13 @@ def gates(
     guide = guide_of(model)
     optim = lrvd.optim.AdamW(lr=LR, schedule=decay)
     svi = SVI(model, guide, optim, loss=lrvd.RankELBO())
+    if balanced:
+        counts = {"every": EVERY, "gather_every": EVERY // 10}
+        schedule = BalanceSchedule(model, guide, optim, **counts)
     losses = []
-    schedule = None
     for _ in tqdm(range(STEPS), leave=False):
         losses.append(svi.step(x=teacher.x, labels=teacher.y))
         if balanced:
-            schedule = schedule or BalanceSchedule(
-                model, guide, optim, every=EVERY, gather_every=EVERY // 10
-            )
             schedule.step()
     with torch.no_grad():
         draws = torch.stack([guide()["gate"] for _ in range(2000)])

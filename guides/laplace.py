@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.functional import hessian, jacobian
 from torch.distributions import biject_to
 
+from lrvd_pyro.batches import check_several
 from lrvd_pyro.fisher import gate_fisher
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.naming import give_own_name, waits_for_first_call
@@ -49,10 +50,7 @@ class FisherLaplace(AutoLaplaceApproximation):
                 example (DoRA; ``curvature="hessian"`` needs none), or the curvature is
                 not positive definite.
         """
-        if isinstance(batches, Mapping):
-            raise TypeError(
-                "batches is one batch; expected several: laplace_approximation([batch])"
-            )
+        check_several(batches, "laplace_approximation([batch])")
         if waits_for_first_call(self):
             raise ValueError(
                 f"{type(self).__name__} has no parameters yet; train it first: "

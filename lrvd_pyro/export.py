@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
+from lrvd_pyro.batches import without_labels
 from lrvd_pyro.folders import AnyPath, written_whole
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.plain_peft import (
@@ -143,14 +144,14 @@ def mean_pairs(model: RankModel, guide: Guide, *, drop: bool) -> dict[str, Pair]
         As = drawn.get("lora_A", space.weights("lora_A"))
         Bs = drawn.get("lora_B", space.weights("lora_B"))
         gates = drawn.get("gate", [A.new_ones(len(A)) for A in As])
-        pairs = {}
+        pairs, dora = {}, space.dora
         for name, layer, A, B, gate in zip(space.modules, space.layers, As, Bs, gates):
             scaling = layer.scaling[space.adapter]
             if B.shape[1] != len(gate):  # a grouped convolution: rows of A are ranks
                 pairs[name] = _scaled(A, gate, 0), (B * scaling).to(B)
                 continue
             keep = gate != 0 if drop else torch.ones_like(gate, dtype=torch.bool)
-            if space.adapter in layer.lora_variant and not keep.any():
+            if name in dora and not keep.any():
                 keep[0] = True
             pairs[name] = A[keep], _scaled(B, gate * scaling, 1)[:, keep]
     return pairs
@@ -228,7 +229,7 @@ def _compare(
 ) -> None:
     """Raise unless what stands in the folder gives the logits of the mean adapter."""
     net = model.base_net
-    inputs = {name: value for name, value in probe.items() if name != "labels"}
+    inputs = without_labels(probe)
     with evaluating(model), torch.no_grad():
         with posterior_mean(model, guide):
             expected = model.predictions(**inputs)

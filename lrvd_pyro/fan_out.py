@@ -82,9 +82,7 @@ class FanOut:
 
 def takes_rows(model: RankModel) -> bool:
     """Whether the model binds a draw per row: gates, and no DoRA layer."""
-    space = model.space
-    dora = any(space.adapter in layer.lora_variant for layer in space.layers)
-    return not space.sides and not dora
+    return not model.space.sides and not model.space.dora
 
 
 def trial(model: RankModel, values: Tensor, batch: Batch) -> str:

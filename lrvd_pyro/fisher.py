@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrvd_pyro.batches import gate_rows, without_labels
 from lrvd_pyro.models.base import RankModel
-from lrvd_pyro.noise import batch_size
 from lrvd_pyro.predict import evaluating
 
 
@@ -27,8 +27,8 @@ def gate_fisher(
     """
     total, count = gate.new_zeros(len(gate), len(gate)), 0
     for batch in batches:
-        inputs = {k: v for k, v in batch.items() if k != "labels"}
-        gates = gate.detach().expand(batch_size(inputs), -1).clone().requires_grad_()
+        inputs = without_labels(batch)
+        gates = gate_rows(gate, inputs)
         with torch.enable_grad(), evaluating(model), model.bind(gates):
             roots = model.likelihood.fisher_roots(model.predictions(**inputs))
         for root in roots.sum(0):

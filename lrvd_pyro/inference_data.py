@@ -1,6 +1,6 @@
 """The posterior as ArviZ has it, with names for every rank component."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -9,10 +9,11 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from lrvd_pyro.batches import opened, without_labels
 from lrvd_pyro.likelihoods import precise
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.noise import batch_size
-from lrvd_pyro.predict import Guide, evaluating, posterior_draws
+from lrvd_pyro.predict import Guide, evaluating, posterior_draws, seeded
 from lrvd_pyro.rank_space import RankSpace
 
 Variables = dict[str, tuple[tuple[str, ...], Any]]
@@ -79,10 +80,10 @@ def to_arviz(
             or differ in number.
     """
     container = _container()
-    stream = _opened(batches, num_samples)
+    call = "to_arviz(model, guide, [batch], num_samples=200)"
+    stream = opened(batches, num_samples, call)
     first = next(stream)
-    with evaluating(model), torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with evaluating(model), torch.no_grad(), seeded(seed):
         inputs, _ = _parted(first)
         draws = posterior_draws(model, guide, inputs, num_samples, posterior_samples)
         values = [model.value_at(latents).detach() for latents in draws]
@@ -104,25 +105,6 @@ def to_arviz(
         groups["constant_data"] = {"log_alpha": (("gate_id",), _array(log_alpha))}
     coords = _coordinates(model.space)
     return container({name: _dataset(group, coords) for name, group in groups.items()})
-
-
-def _opened(
-    batches: Iterable[Mapping[str, Any]], num_samples: int
-) -> Iterator[Mapping[str, Any]]:
-    """The batches, of which there is at least one."""
-    if isinstance(batches, Mapping):
-        raise TypeError(
-            "batches is one batch; expected several: to_arviz(..., [batch])"
-        )
-    stream = iter(batches)
-    first = next(stream, None)
-    if first is None or num_samples < 1:
-        raise ValueError(
-            f"got {0 if first is None else 'some'} batches and "
-            f"num_samples={num_samples}; expected at least one of each: "
-            f"to_arviz(model, guide, [batch], num_samples=200)"
-        )
-    return chain([first], stream)
 
 
 def _container() -> Callable[[dict[str, Any]], Any]:
@@ -149,7 +131,7 @@ def _parted(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
             f"the batch {sorted(batch)} has no labels, of which the log likelihood "
             f"would be; give labelled batches, or use lrvd_pyro.predict"
         )
-    return {name: x for name, x in batch.items() if name != "labels"}, labels
+    return without_labels(batch), labels
 
 
 def _on_batch(

@@ -10,9 +10,10 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import constraints
 
+from lrvd_pyro.batches import gate_rows
 from lrvd_pyro.divergence import latent_sites
 from lrvd_pyro.models.base import RankModel
-from lrvd_pyro.noise import PerExample, batch_size
+from lrvd_pyro.noise import PerExample
 
 DRAWS = 4096  # of gates, where a guide's covariance has no closed form
 NODES = 1024  # points of the Gaussian over contrasts
@@ -107,10 +108,9 @@ class Linearised:
         """Mean ``B x K`` and covariance ``B x K x K`` of the contrasts of a batch."""
         parameter = self.model.space.weights("lora_A")[0]
         gate = self.moments.mean.to(parameter)
-        gates = gate.expand(batch_size(batch), -1).clone().requires_grad_()
+        gates = gate_rows(gate, batch)
         with torch.enable_grad(), self.model.bind(gates):
             mean = self.model.likelihood.contrasts(self.model.predictions(**batch))
-            # The sum over examples: an example's gates move no other example.
             rows = [_gradient(contrast, gates) for contrast in mean.sum(0)]
         return mean.detach(), self.moments.project(torch.stack(rows, 1).to(mean))
 
@@ -127,12 +127,11 @@ def check_linearisable(model: RankModel) -> None:
             f"the linearised predictive needs gates, and {type(model).__name__} draws "
             f"weights; {WAY_OUT}"
         )
-    for name, layer in zip(space.modules, space.layers):
-        if space.adapter in layer.lora_variant:
-            raise TypeError(
-                f"the linearised predictive needs a gate per example, which the DoRA "
-                f"layer {name!r} does not take; {WAY_OUT}"
-            )
+    if space.dora:
+        raise TypeError(
+            f"the linearised predictive needs a gate per example, which the DoRA "
+            f"layer {space.dora[0]!r} does not take; {WAY_OUT}"
+        )
 
 
 def normal_nodes(count: int, size: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Slicing an optimiser's moments along with the parameters that they belong to."""
 
+from collections.abc import Collection
 from functools import cache
 from typing import Any
 
@@ -36,6 +37,24 @@ def torch_optimisers(optimizer: Any) -> list[torch.optim.Optimizer]:
     return made if ours is None else [*made, ours]
 
 
+def optimisers_of(
+    optimizer: Any, tensors: Collection[Tensor], what: str
+) -> list[torch.optim.Optimizer]:
+    """`torch_optimisers`, of which one holds some of ``tensors``, or none yet any.
+
+    Raises:
+        TypeError: As `torch_optimisers` raises it.
+        ValueError: If they hold other parameters only.
+    """
+    optims = torch_optimisers(optimizer)
+    known = {p for o in optims for group in o.param_groups for p in group["params"]}
+    if known and known.isdisjoint(tensors):
+        raise ValueError(
+            f"the optimiser holds no {what}; pass the one that trains them"
+        )
+    return optims
+
+
 def check_state(optimizer: Any, cuts: Cuts) -> None:
     """Raise unless `select_state` can slice an optimiser's state.
 
@@ -43,13 +62,7 @@ def check_state(optimizer: Any, cuts: Cuts) -> None:
         TypeError: If the state is not one tensor per parameter and of its shape.
         ValueError: If the optimiser knows none of the parameters.
     """
-    optims = torch_optimisers(optimizer)
-    known = {p for o in optims for group in o.param_groups for p in group["params"]}
-    if known and known.isdisjoint(cuts):
-        raise ValueError(
-            "the optimiser holds no parameter of this model and guide; pass the one "
-            "that trains them"
-        )
+    optims = optimisers_of(optimizer, cuts, "parameter of this model and guide")
     for optim in optims:
         for parameter in cuts.keys() & optim.state.keys():
             for key, value in optim.state[parameter].items():

@@ -11,6 +11,7 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lrvd_pyro.batches import opened, without_labels
 from lrvd_pyro.divergence import latent_sites
 from lrvd_pyro.fan_out import FanOut
 from lrvd_pyro.linearised import (
@@ -100,16 +101,11 @@ def predict(
             f"max_batch={max_batch}; expected the most rows of one forward pass, 1 or "
             f"more, or None"
         )
-    inputs = _without_labels(batches)
-    first = next(inputs, None)
-    if first is None or num_samples < 1:
-        raise ValueError(
-            f"got {0 if first is None else 'some'} batches and "
-            f"num_samples={num_samples}; expected at least one of each: "
-            f"predict(model, guide, [batch], num_samples=16)"
-        )
+    call = "predict(model, guide, [batch], num_samples=16)"
+    inputs = map(_inputs, opened(batches, num_samples, call))
+    first = next(inputs)
     fields: dict[str, list[Tensor]] = {}
-    with evaluating(model), torch.no_grad(), _seeded(seed):
+    with evaluating(model), torch.no_grad(), seeded(seed):
         outputs: Callable[[Batch], Tensor]
         if method == "linearised":
             moments = _moments(model, guide, first, posterior_samples)
@@ -141,7 +137,7 @@ def posterior_sample(
         guide: Its guide, which must not look at the batch.
         seed: Of the draw; the random state is restored.
     """
-    with torch.no_grad(), _seeded(seed):
+    with torch.no_grad(), seeded(seed):
         value = model.value_at(draw_latents(model, guide, {}))
     with model.bind(value):
         yield model.base_net
@@ -156,7 +152,7 @@ def posterior_mean(
     Exact for guides with a method ``mean`` (`RankDiagonal`); for others the mean of
     ``num_samples`` draws of the guide, which cost no forward pass.
     """
-    with torch.no_grad(), _seeded(0):
+    with torch.no_grad(), seeded(0):
         if hasattr(guide, "mean"):
             value = guide.mean()
         else:
@@ -196,13 +192,10 @@ def _check_ready(guide: Guide | None) -> None:
         raise ValueError("guide is None; give a guide or posterior_samples")
 
 
-def _without_labels(batches: Iterable[Mapping[str, Any]]) -> Iterator[Batch]:
-    if isinstance(batches, Mapping):
-        raise TypeError("batches is one batch; expected several: predict(..., [batch])")
-    for batch in batches:
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        batch_size(inputs)
-        yield inputs
+def _inputs(batch: Mapping[str, Any]) -> Batch:
+    inputs = without_labels(batch)
+    batch_size(inputs)
+    return inputs
 
 
 def _gates(model: RankModel, draws: Iterable[Latents]) -> Tensor:
@@ -249,7 +242,8 @@ def evaluating(model: RankModel) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
+    """Draw from this seed within the block; the random state is restored."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield

@@ -18,7 +18,8 @@ as it takes the curvature for isotropic. Measure before you trust either.
 The default of 3 suits FactorLoRA, pruned in training (``examples/rank_selection.py``);
 balance the gates of a GateLoRA first (`lrvd_pyro.gauge`).
 
-Source: derived here; log alpha > 3, Molchanov, Ashukha and Vetrov (2017, 1701.05369).
+Source: derived here; log alpha > 3, Molchanov, Ashukha and Vetrov (2017, arXiv
+1701.05369).
 """
 
 from typing import Any, Literal
@@ -218,11 +219,10 @@ def best_of_modules(model: RankModel, worth: Tensor, min_rank: int) -> Tensor:
         )
     space = model.space
     best = torch.zeros_like(worth, dtype=torch.bool)
-    for layer, own, spare in zip(
-        space.layers, space.split(worth).values(), space.split(best).values()
-    ):
-        floor = max(min_rank, int(space.adapter in layer.lora_variant))
-        spare[own.topk(min(floor, len(own))).indices] = True
+    spares, dora = space.split(best), space.dora
+    for name, own in space.split(worth).items():
+        floor = max(min_rank, int(name in dora))
+        spares[name][own.topk(min(floor, len(own))).indices] = True
     return best
 
 

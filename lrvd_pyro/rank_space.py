@@ -119,6 +119,12 @@ class RankSpace:
         return self._groups.at(level, self.device)[1]
 
     @property
+    def dora(self) -> tuple[str, ...]:
+        """The modules that are DoRA layers, which take one draw for a whole batch."""
+        pairs = zip(self.modules, self.layers)
+        return tuple(name for name, m in pairs if self.adapter in m.lora_variant)
+
+    @property
     def device(self) -> torch.device:
         """Where the first LoRA module lies; make a prior's constants there."""
         lora_A: Any = self.layers[0].lora_A[self.adapter]
@@ -282,11 +288,9 @@ class RankSpace:
 
     def _require_one_draw_for_dora(self, draw: Tensor) -> None:
         """DoRA sends the identity through A and B too: its rows are no examples."""
-        layers = zip(self.modules, self.layers)
-        shared = [name for name, m in layers if self.adapter in m.lora_variant]
-        if draw.dim() == 2 and shared:
+        if draw.dim() == 2 and self.dora:
             raise ValueError(
-                f"the DoRA layer {shared[0]!r} takes one draw for the whole batch, "
+                f"the DoRA layer {self.dora[0]!r} takes one draw for the whole batch, "
                 f'not one per example; use RankELBO(noise="batch")'
             )
 

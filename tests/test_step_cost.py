@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import nets
@@ -166,29 +167,19 @@ def test_each_module_adds_the_same_few_operations(family: Any) -> None:
     assert extra(family, 1, torch_step) < one
 
 
-def kept_for_backward(forward: Callable[[], Tensor], net: torch.nn.Module) -> int:
-    """Bytes of the storages that autograd saves, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    kept: dict[int, Any] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(s.nbytes() for pointer, s in kept.items() if pointer not in own)
-
-
 @pytest.mark.parametrize("family", [gate, horseshoe])
-def test_the_backward_pass_keeps_two_per_cent_more_than_loras(family: Family) -> None:
+def test_the_backward_pass_keeps_two_per_cent_more_than_loras(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    from benchmarks.measuring import bytes_kept
+
     batch = nets.tokens(16, length=64)
     net, model = net_of(2), family(net_of(2))
-    plain = kept_for_backward(lambda: net(**batch).loss, net)
+    plain = bytes_kept(lambda: net(**batch).loss, net)
     loss = RankELBO()(model, RankDiagonal(model))
     loss(**batch)
-    kept = kept_for_backward(lambda: loss(**batch), model)
+    kept = bytes_kept(lambda: loss(**batch), model)
     assert plain < kept <= 1.02 * plain
 
 

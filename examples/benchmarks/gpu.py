@@ -28,7 +28,8 @@ from unittest.mock import patch
 import peft
 import pyro
 import torch
-from benchmarks.step_time import LR, Batch, Step, append
+from benchmarks.measuring import append
+from benchmarks.step_time import LR, Batch, Step
 from pyro.infer import SVI
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForSequenceClassification

@@ -13,8 +13,7 @@ appends a line per network and row to results/predict_time.jsonl and prints the 
 """
 
 import argparse
-import json
-import platform
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ import peft
 import pyro
 import torch
 import transformers
+from benchmarks.measuring import append
 from text_data import MINILM
 from transformers import (
     AutoModelForSequenceClassification,
@@ -193,19 +193,6 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
-def versions() -> dict[str, str]:
-    """Of what the times depend on."""
-    return {
-        "lrvd_pyro": lrvd.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
-        "pyro": pyro.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-    }
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -217,8 +204,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     pyro.enable_validation(False)
     lines = [line for net in options.nets for line in measure(net, options.rounds)]
-    with open(options.out, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line | versions()) + "\n" for line in lines)
+    words = ["--rounds", str(options.rounds), "--nets", *options.nets]
+    append(lines, options.out, shlex.join(["predict_time.py", *words]))
     print(table(lines))
 
 

@@ -20,7 +20,8 @@ from typing import Any
 import peft
 import pyro
 import torch
-from benchmarks.step_time import LR, Step, append, in_turn, ratios
+from benchmarks.measuring import append
+from benchmarks.step_time import LR, Step, in_turn, ratios
 from pyro.infer import SVI
 from torch import Tensor, nn
 from torch.nn import functional as F

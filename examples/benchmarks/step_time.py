@@ -22,7 +22,6 @@ appends a line per network and row to results/step_time.jsonl and prints the tab
 """
 
 import argparse
-import json
 import random
 import shlex
 from collections.abc import Callable
@@ -35,13 +34,13 @@ import peft
 import pyro
 import torch
 import transformers
+from benchmarks.measuring import append, bytes_kept
 from benchmarks.predict_time import (
     ALL_SIX,
     ATTENTION,
     minilm,
     roberta,
     seconds_of,
-    versions,
 )
 from pyro import distributions as dist
 from pyro.infer import SVI
@@ -171,22 +170,6 @@ def scheduled(network: Network, batch: Batch) -> tuple[Step, Callable[[], float]
     return gathering, balancing
 
 
-def bytes_kept(forward: Callable[[], Tensor], net: Any) -> int:
-    """What autograd saves of a forward pass, parameters left out."""
-    own = {p.untyped_storage().data_ptr() for p in net.parameters()}
-    kept: dict[int, Any] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = forward()
-    assert loss.requires_grad
-    return sum(s.nbytes() for pointer, s in kept.items() if pointer not in own)
-
-
 def bytes_of(network: Network, batch: Batch) -> dict[str, float]:
     """Bytes kept, as multiples of LoRA's."""
     net = adapted(network)
@@ -279,13 +262,6 @@ def table(lines: list[dict[str, Any]]) -> str:
         cells = (line["net"], line["row"], f"{line['ratio']:.3f}", spread, limit)
         text.append("| " + " | ".join(cells) + " |")
     return "\n".join(text)
-
-
-def append(lines: list[dict[str, Any]], path: Path, command: str) -> None:
-    """To a JSON lines file, with the command and the versions."""
-    common = versions() | {"command": command}
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(line | common) + "\n" for line in lines)
 
 
 def main(argv: list[str] | None = None) -> None:

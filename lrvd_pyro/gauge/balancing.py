@@ -7,7 +7,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from lrvd_pyro.gauge.gramians import Gramians
-from lrvd_pyro.moments import torch_optimisers
+from lrvd_pyro.moments import optimisers_of
 from lrvd_pyro.rank_space import RankSpace
 
 Lengths = Literal["balanced", "kept"]
@@ -137,9 +137,10 @@ def _change(activations: Tensor, scores: Tensor, lora_A: Tensor, dead: float) ->
     _, t, right = torch.linalg.svd(root(scores).T @ lower)
     # rows of ``whiten`` turn h into components of unit mean square, by falling t
     whiten, unwhiten = right @ torch.linalg.inv(lower), lower @ right.T
-    rows = whiten @ lora_A.double().flatten(1).cpu()
+    before = lora_A.double().flatten(1).cpu()
+    rows = whiten @ before
     lengths = rows.norm(dim=1)
-    typical = lora_A.double().flatten(1).norm(dim=1).square().mean().sqrt().cpu()
+    typical = before.norm(dim=1).square().mean().sqrt()
     kept = torch.where(lengths > 0, typical / lengths, 1 / whiten.norm(dim=1))
     size = torch.where(t > dead * t[0], t.sqrt(), kept)
     largest = rows.gather(1, rows.abs().argmax(1, keepdim=True)).squeeze(1)
@@ -166,14 +167,8 @@ def _states(optimizer: Any, weights: list[Tensor]) -> dict[Tensor, dict[str, Ten
     """The optimiser's moments of these weights, all checked."""
     if optimizer is None:
         return {}
-    found, optims = {}, torch_optimisers(optimizer)
-    known = {p for o in optims for group in o.param_groups for p in group["params"]}
-    if known and known.isdisjoint(weights):
-        raise ValueError(
-            "the optimiser holds no LoRA weight of this network; pass the one that "
-            "trains it"
-        )
-    for optim in optims:
+    found = {}
+    for optim in optimisers_of(optimizer, weights, "LoRA weight of this network"):
         for weight in optim.state.keys() & set(weights):
             moments = {
                 key: value

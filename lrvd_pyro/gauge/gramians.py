@@ -11,9 +11,10 @@ from pyro import poutine
 from torch import Tensor, nn
 from tqdm.std import tqdm
 
+from lrvd_pyro.batches import check_several, gate_rows, without_labels
 from lrvd_pyro.models import GateLoRA
 from lrvd_pyro.noise import batch_size
-from lrvd_pyro.predict import evaluating
+from lrvd_pyro.predict import evaluating, seeded
 
 OVERFLOW = (
     "nothing was changed. Is a row all padding, or the network in float16? Run it in "
@@ -83,11 +84,13 @@ def gramians(
         )
     if labels not in get_args(Labels):
         raise ValueError(f'labels={labels!r}; expected "sampled" or "observed"')
-    if isinstance(batches, Mapping):
-        raise TypeError(
-            "batches is one batch; expected several: gramians(model, [batch])"
+    check_several(batches, "gramians(model, [batch])")
+    if dora := model.space.dora:
+        raise ValueError(
+            f"the DoRA layer {dora[0]!r} takes one draw for the whole batch, so that "
+            f"no example has a score of its own; the gauge needs plain LoRA "
+            f"(LoraConfig(use_dora=False))"
         )
-    _refuse_dora(model)
     sums, count = Sums(model.space.ranks), 0
     fisher = torch.zeros(model.space.size, dtype=torch.float64)
     with evaluating(model), seeded_by(generator):
@@ -102,17 +105,6 @@ def gramians(
         scores={m: whole * s for m, s in zip(modules, sums.scores, strict=True)},
         gate_fisher=whole * fisher,
     )
-
-
-def _refuse_dora(model: GateLoRA) -> None:
-    space = model.space
-    for name, layer in zip(space.modules, space.layers, strict=True):
-        if space.adapter in layer.lora_variant:
-            raise ValueError(
-                f"the DoRA layer {name!r} takes one draw for the whole batch, so that "
-                f"no example has a score of its own; the gauge needs plain LoRA "
-                f"(LoraConfig(use_dora=False))"
-            )
 
 
 class Sums:
@@ -194,12 +186,11 @@ def _gate_scores(
     model: GateLoRA, batch: Mapping[str, Any], labels: Labels, sums: Sums
 ) -> Tensor:
     """Each example's score in its gates, ``B x R``; adds its tokens to ``sums``."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = without_labels(batch)
     observed = batch.get("labels") if labels == "observed" else None
     if labels == "observed" and observed is None:
         raise ValueError('a batch has no labels; expected labels, or labels="sampled"')
-    ones = model.space.ones().expand(batch_size(inputs), -1)
-    gates = ones.clone().requires_grad_()
+    gates = gate_rows(model.space.ones(), inputs)
     with torch.enable_grad(), tapped(model, sums.add), model.bind(gates):
         log_prob = _log_likelihood(model, model.predictions(**inputs), observed)
         (scores,) = torch.autograd.grad(log_prob, gates)
@@ -231,6 +222,5 @@ def seeded_by(generator: torch.Generator | None) -> Iterator[None]:
         yield
         return
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with seeded(seed):
         yield

@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from lrvd_pyro.batches import check_several
 from lrvd_pyro.gauge.balancing import rebalance
 from lrvd_pyro.gauge.gramians import gramians, seeded_by
 from lrvd_pyro.gauge.noise_to_signal import optimal_alpha
@@ -58,10 +59,7 @@ def bayesianize(
     Log alpha ends at 8, the guide's bound. Wrong where the quadratic expansion is: see
     `optimal_alpha`.
     """
-    if isinstance(batches, Mapping):
-        raise TypeError(
-            "batches is one batch; expected several: bayesianize(net, [batch], ...)"
-        )
+    check_several(batches, "bayesianize(net, [batch], ...)")
     if isinstance(batches, Iterator):
         raise TypeError(
             "batches can be gone through only once, and the passes are two; give a "
