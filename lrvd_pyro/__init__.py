@@ -13,6 +13,7 @@ from lrvd_pyro import (
     testing,
 )
 from lrvd_pyro.checkpoint import checkpoint, resume
+from lrvd_pyro.depth import free_lower_layers
 from lrvd_pyro.elbo import RankELBO, linear_warmup
 from lrvd_pyro.export import export_peft
 from lrvd_pyro.inference_data import to_arviz
@@ -35,6 +36,7 @@ __all__ = [
     "checkpoint",
     "distributions",
     "export_peft",
+    "free_lower_layers",
     "gauge",
     "guides",
     "likelihoods",

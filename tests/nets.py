@@ -35,11 +35,11 @@ def lora(net: nn.Module, *, randomise: bool = True, **config: Any) -> PeftModel:
     return peft
 
 
-def bert_config() -> BertConfig:
-    """Two layers of width 16, no dropout."""
+def bert_config(layers: int = 2) -> BertConfig:
+    """Layers of width 16, no dropout."""
     return BertConfig(
         hidden_size=16,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=32,
         vocab_size=50,
@@ -49,13 +49,13 @@ def bert_config() -> BertConfig:
     )
 
 
-def bert(*, randomise: bool = True, **config: Any) -> PeftModel:
+def bert(*, randomise: bool = True, layers: int = 2, **config: Any) -> PeftModel:
     """A two-layer BERT classifier of width 16 without dropout, rank 4 on q and v."""
     options: dict[str, Any] = {
         "target_modules": ["query", "value"],
         "task_type": "SEQ_CLS",
     } | config
-    net = BertForSequenceClassification(bert_config())
+    net = BertForSequenceClassification(bert_config(layers))
     return lora(net.to(torch.get_default_dtype()), randomise=randomise, **options)
 
 

@@ -7,11 +7,15 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyro
 import pytest
 import torch
+
+from lrvd_pyro import free_lower_layers
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -167,6 +171,30 @@ def test_the_gauge_benchmark_compares_orders_and_posteriors(
     assert out.with_suffix(".png").stat().st_size > 10_000
     posteriors = {line["posterior"] for line in lines if line["table"] == "posterior"}
     assert posteriors == {"plain LoRA", *names}
+
+
+def test_a_whole_run_frees_the_lower_layers_and_keeps_fewer_bytes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    data = tiny_task(monkeypatch)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    benchmark = shrunk(
+        "benchmarks.whole_run", monkeypatch, TRAIN=64, SAMPLES=2, ROUNDS=3
+    )
+    monkeypatch.setattr(
+        benchmark.lrvd, "free_lower_layers", partial(free_lower_layers, share=0.6)
+    )
+    out = tmp_path / "lines.jsonl"
+    with pyro.validation_enabled(False):
+        benchmark.main(["--data", str(data), "--seeds", "0", "--out", str(out)])
+    rows = {line["row"]: line for line in map(json.loads, out.read_text().splitlines())}
+    assert list(rows) == list(benchmark.ROWS)
+    assert rows["A/A"]["bytes"] == rows["LoRA"]["bytes"] == 1
+    assert rows["A/A"]["nll"] == rows["LoRA"]["nll"]
+    assert rows["GateLoRA"]["ranks"] == 96
+    freed = rows["GateLoRA, freed"]
+    assert freed["ranks"] in (16, 32, 48, 64, 80)
+    assert freed["bytes"] < rows["GateLoRA"]["bytes"]
 
 
 def test_the_benchmarks_command_in_the_readme_starts() -> None:

@@ -49,26 +49,31 @@ from lrvd_pyro.gauge import Gramians, balance, gramians, hankel_values
 from lrvd_pyro.models import GateLoRA
 
 BUDGETS = (48, 24, 16, 12, 8, 4)
+TABLES = ("order", "posterior")
 RESULTS = Path(__file__).parent / "results" / "gauge.jsonl"
+KEYS = ["data", "trained", "seed", "table", "order", "k", "module", "metric"]
+KEYS += ["part", "posterior"]
 Line = dict[str, Any]
 
 
-def run(task: Task, names: list[str]) -> Iterator[Line]:
-    """All lines of one seed and data set."""
+def run(task: Task, tables: list[str], names: list[str]) -> Iterator[Line]:
+    """The lines of these tables for one seed and data set."""
     net = task.net()
     began = time.perf_counter()
     train_lora(task, net)
     epoch = (time.perf_counter() - began) / task.num_epochs
     model = GateLoRA(net, num_data=TRAIN)
     batches = list(task.train.batches(BATCH, torch.Generator().manual_seed(task.seed)))
-    full = scores(logits(net, task.test).softmax(-1), task.test.labels)
-    yield {"table": "order", "order": "", "k": 96} | full
-    with restored(net):
-        for name, worth, moments in orders(model, batches):
-            line = {"order": name}
-            yield from sweep(task, model, worth, line)
-            yield from energies(model, worth, moments, line)
-    yield from posteriors(task, net, batches, epoch, names)
+    if "order" in tables:
+        full = scores(logits(net, task.test).softmax(-1), task.test.labels)
+        yield {"table": "order", "order": "", "k": 96} | full
+        with restored(net):
+            for name, worth, moments in orders(model, batches):
+                line = {"order": name}
+                yield from sweep(task, model, worth, line)
+                yield from energies(model, worth, moments, line)
+    if "posterior" in tables:
+        yield from posteriors(task, net, batches, epoch, names)
     model.release()
 
 
@@ -231,6 +236,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="folders")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--epochs", type=int, nargs="+", default=[EPOCHS], help="10")
+    parser.add_argument("--tables", nargs="+", default=TABLES, choices=TABLES)
     names = list(POSTERIORS)
     parser.add_argument("--posteriors", nargs="+", default=names, choices=names)
     parser.add_argument("--out", type=Path, default=RESULTS, help="a JSON lines file")
@@ -241,10 +247,12 @@ def main(argv: list[str] | None = None) -> None:
     runs = itertools.product(options.epochs, options.seeds, options.data)
     for epochs, seed, folder in runs:
         given |= {"data": folder.name, "trained": epochs, "seed": seed}
-        for line in run(Task(folder, seed, epochs), options.posteriors):
+        task = Task(folder, seed, epochs)
+        for line in run(task, options.tables, options.posteriors):
             with open(options.out, "a", encoding="utf-8") as file:
                 file.write(json.dumps(given | line) + "\n")
     frame = pd.read_json(options.out, lines=True)
+    frame = frame.drop_duplicates([c for c in frame if c in KEYS], keep="last")
     print(show(frame))
     picture(frame, options.out.with_suffix(".png"))
 

@@ -1,0 +1,85 @@
+"""Freeing the lower layers, below which no step needs a backward pass."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrvd_pyro.guides.rank_diagonal import RankDiagonal
+from lrvd_pyro.models import GateLoRA
+from lrvd_pyro.pruning import check_pair, select
+
+
+def free_lower_layers(
+    model: GateLoRA,
+    guide: RankDiagonal,
+    hankel_values: Mapping[str, Tensor],
+    optimizer: Any = None,
+    *,
+    share: float = 1 / 3,
+) -> Tensor:
+    """Remove all ranks of the lowest layers that carry little, as `select` does.
+
+    Of ``sum t_i^2`` over all modules, in nats per data set, the lowest layers go that
+    hold at most ``share`` of it together; the highest layer stays. No layer below the
+    first with a rank keeps activations or has a backward pass from then on, so that a
+    step costs less than one of plain LoRA, and `predict` runs them once for all draws.
+    What the others learn afterwards makes up for what went: call it early.
+
+    Example::
+
+        gather = BalanceSchedule(model, guide, svi.optim, every=10**9)
+        for step, batch in enumerate(loader, 1):
+            svi.step(**batch)
+            gather.step()
+            if step == 50:
+                sizes = hankel_values(gather.found())
+                free_lower_layers(model, guide, sizes, svi.optim)
+                gather.close()
+
+    Args:
+        model: The `GateLoRA` in training.
+        guide: Its `RankDiagonal`.
+        hankel_values: t of each module, from `gauge.hankel_values`.
+        optimizer: What trains them, as in `prune`.
+        share: From 0 to below 1.
+
+    Returns:
+        Which components stayed, bool (R,), R as before.
+
+    Raises:
+        ValueError: If ``share`` is out of range, or the values belong to other modules
+            or are all 0.
+        Besides, as `pruning.select` raises it; nothing has changed then.
+
+    Layers are told by the first number in a module's name; a module without one stays,
+    and those of an encoder and a decoder that share a number go together. A share of a
+    sum that is far from converged is a rule of thumb, no theorem: compare the accuracy
+    with that of a run without, as ``examples/benchmarks/whole_run.py`` does.
+
+    Source: freezing lower layers early, Brock et al. (2017, arXiv 1706.04983); which
+    ones, by the balanced singular values, derived here.
+    """
+    check_pair(model, guide)
+    if not 0 <= share < 1:
+        raise ValueError(f"share={share}; expected a number from 0 to below 1")
+    space = model.space
+    if {name: len(t) for name, t in hankel_values.items()} != dict(
+        zip(space.modules, space.ranks, strict=True)
+    ):
+        raise ValueError(
+            "the Hankel values are of other LoRA modules or ranks; take them again: "
+            "hankel_values(gramians(model, batches))"
+        )
+    energy = torch.cat([hankel_values[name].square() for name in space.modules])
+    if not bool(energy.sum() > 0):
+        raise ValueError(
+            "the Hankel values are all 0: no module's B has moved yet; train first"
+        )
+    layer = torch.tensor(space.coordinates["layer"])
+    layer[layer < 0] = layer.max() + 1
+    below = torch.stack([energy[layer <= n].sum() for n in layer])
+    keep = (below > share * energy.sum()) | (layer == layer.max())
+    select(model, guide, keep, optimizer)
+    return keep
