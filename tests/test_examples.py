@@ -7,15 +7,12 @@ import os
 import re
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyro
 import pytest
 import torch
-
-from lrvd_pyro import free_lower_layers
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -181,20 +178,19 @@ def test_a_whole_run_frees_the_lower_layers_and_keeps_fewer_bytes(
     benchmark = shrunk(
         "benchmarks.whole_run", monkeypatch, TRAIN=64, SAMPLES=2, ROUNDS=3
     )
-    monkeypatch.setattr(
-        benchmark.lrvd, "free_lower_layers", partial(free_lower_layers, share=0.6)
-    )
+    freed = list(benchmark.SHARES)[-1]
+    monkeypatch.setitem(benchmark.SHARES, freed, 0.6)
     out = tmp_path / "lines.jsonl"
     with pyro.validation_enabled(False):
-        benchmark.main(["--data", str(data), "--seeds", "0", "--out", str(out)])
+        arguments = ["--data", str(data), "--seeds", "0", "--out", str(out)]
+        benchmark.main([*arguments, "--rows", "A/A", "GateLoRA", freed])
     rows = {line["row"]: line for line in map(json.loads, out.read_text().splitlines())}
-    assert list(rows) == list(benchmark.ROWS)
+    assert list(rows) == ["LoRA", "A/A", "GateLoRA", freed]
     assert rows["A/A"]["bytes"] == rows["LoRA"]["bytes"] == 1
     assert rows["A/A"]["nll"] == rows["LoRA"]["nll"]
     assert rows["GateLoRA"]["ranks"] == 96
-    freed = rows["GateLoRA, freed"]
-    assert freed["ranks"] in (16, 32, 48, 64, 80)
-    assert freed["bytes"] < rows["GateLoRA"]["bytes"]
+    assert rows[freed]["ranks"] in (16, 32, 48, 64, 80)
+    assert rows[freed]["bytes"] < rows["GateLoRA"]["bytes"]
 
 
 def test_the_benchmarks_command_in_the_readme_starts() -> None:

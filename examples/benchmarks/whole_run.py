@@ -1,14 +1,15 @@
 """A whole training run, and what it costs beside one of plain LoRA.
 
-Five trainings of each seed on the sentences of small_task.py, 10 epochs, 1 thread,
-torch's fused AdamW for plain LoRA. They go on epoch by epoch in one process, in a new
-order every time; seconds are those of the training loop, divided by LoRA's.
+Trainings of each seed on the sentences of small_task.py, 10 epochs, 1 thread, torch's
+fused AdamW for plain LoRA. They go on epoch by epoch in one process, in a new order
+every time; seconds are those of the training loop, divided by LoRA's.
 
 - "LoRA", and "A/A", a second one;
 - "LoRA, upper half": on the upper three layers alone, from the start;
 - "GateLoRA": at the true ELBO;
-- "GateLoRA, freed": its first epoch runs in half batches, so that no step keeps more
-  than half of LoRA's bytes; then `free_lower_layers` at its default share.
+- "GateLoRA, freed at 1/3" and "at 1/2": the first epoch runs in half batches, so that
+  no step of it keeps more than half of LoRA's bytes; then `free_lower_layers` removes
+  the ranks of the lowest layers that hold at most this share.
 
 "bytes" is the most that autograd kept for a backward pass over the run, parameters left
 out; "nll" and "ece" are of 8 samples where there is a posterior, accuracy is of its
@@ -52,6 +53,7 @@ from lrvd_pyro.models import GateLoRA
 
 RESULTS = Path(__file__).parent / "results" / "whole_run.jsonl"
 SAMPLES, ROUNDS, COLUMNS = 8, 21, ["time", "bytes", "accuracy", "nll", "ece", "ranks"]
+SHARES = {"GateLoRA, freed at 1/3": 1 / 3, "GateLoRA, freed at 1/2": 1 / 2}
 Batch = dict[str, Tensor]
 
 
@@ -132,7 +134,7 @@ class Plain(Run):
 
 
 class Bayesian(Run):
-    """GateLoRA, as it is or with the lower layers freed after an epoch."""
+    """GateLoRA, as it is or with lower layers freed after an epoch."""
 
     def __init__(self, task: Task, name: str) -> None:
         super().__init__(task, name)
@@ -142,7 +144,7 @@ class Bayesian(Run):
         self.elbo = lrvd.RankELBO()
         self.svi = SVI(self.model, self.guide, self.optim, loss=self.elbo)
         self.gather: BalanceSchedule | None = None
-        if name == "GateLoRA, freed":
+        if name in SHARES:
             self.gather = BalanceSchedule(
                 self.model, self.guide, self.optim, every=10**9
             )
@@ -163,7 +165,9 @@ class Bayesian(Run):
         if self.gather:
             sizes = hankel_values(self.gather.found())
             self.gather.close()
-            lrvd.free_lower_layers(self.model, self.guide, sizes, self.optim)
+            lrvd.free_lower_layers(
+                self.model, self.guide, sizes, self.optim, share=SHARES[self.name]
+            )
             self.gather = None
 
     def results(self) -> dict[str, float]:
@@ -199,8 +203,7 @@ ROWS: dict[str, type[Run]] = {
     "A/A": Plain,
     "LoRA, upper half": Plain,
     "GateLoRA": Bayesian,
-    "GateLoRA, freed": Bayesian,
-}
+} | dict.fromkeys(SHARES, Bayesian)
 
 
 def seconds(call: Callable[[], Any], rounds: int) -> float:
@@ -214,9 +217,10 @@ def seconds(call: Callable[[], Any], rounds: int) -> float:
 
 
 def measure(task: Task, rows: Iterable[str]) -> list[dict[str, Any]]:
-    """One line per row of a seed."""
+    """One line per row of a seed, and LoRA's."""
     order = random.Random(task.seed)
-    runs = [ROWS[name](task, name) for name in rows]
+    names = dict.fromkeys(["LoRA", *rows])
+    runs = [ROWS[name](task, name) for name in names]
     for _ in range(task.num_epochs):
         for run in order.sample(runs, len(runs)):
             run.epoch()
@@ -248,6 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="a folder")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--epochs", type=int, help="10")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
     parser.add_argument("--out", type=Path, default=RESULTS, help="a JSON lines file")
     options = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
@@ -255,8 +260,9 @@ def main(argv: list[str] | None = None) -> None:
     pyro.enable_validation(False)
     words = ["whole_run.py", "--data", options.data.name]
     for seed in options.seeds:
-        lines = measure(Task(options.data, seed, options.epochs), ROWS)
-        append(lines, options.out, shlex.join([*words, "--seeds", str(seed)]))
+        lines = measure(Task(options.data, seed, options.epochs), options.rows)
+        command = [*words, "--seeds", str(seed), "--rows", *options.rows]
+        append(lines, options.out, shlex.join(command))
     print(table(pd.read_json(options.out, lines=True)))
 
 
