@@ -1,5 +1,7 @@
 """The balanced gauge: what `gramians` measures and what `balance` changes."""
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -118,6 +120,25 @@ def test_sampled_labels_give_the_true_fisher_and_observed_ones_do_not() -> None:
     live = exact > 1e-2 * exact.max()
     assert ((sampled / exact - 1).abs()[live] < 0.15).all()
     assert ((observed / exact - 1).abs()[live] > 0.15).any()
+
+
+def test_subsets_give_the_fisher_averaged_over_all_subsets_and_ones_do_not() -> None:
+    """Against all 2^R subsets, each of probability 1 / ((R + 1) (R over its size))."""
+    torch.manual_seed(0)
+    net, batch = perceptron(r=2), rows(8, 5)
+    model = GateLoRA(net, num_data=8)
+    size, exact = model.space.size, torch.zeros(model.space.size)
+    for chosen in itertools.product((0.0, 1.0), repeat=size):
+        gate = torch.tensor(chosen)
+        weight = 1 / ((size + 1) * math.comb(size, int(sum(chosen))))
+        exact += weight * gate_fisher(model, gate, [batch]).diagonal()
+    many = {name: value.repeat(3000, 1) for name, value in batch.items()}
+    ours, ones = (
+        gramians(model, [many], gates=gates, generator=seeded()).gate_fisher
+        for gates in ("subsets", "ones")
+    )
+    assert ((ours / exact - 1).abs() < 0.1).all()
+    assert ((ones / exact - 1).abs() > 0.2).any()
 
 
 def test_labels_of_a_regression_are_sampled_without_a_gradient() -> None:

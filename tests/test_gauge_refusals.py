@@ -34,6 +34,8 @@ def test_what_gramians_cannot_use_is_refused_by_name() -> None:
         gramians(model, batch)
     with pytest.raises(ValueError, match='expected "sampled" or "observed"'):
         gramians(model, [batch], labels="true")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match='expected "ones" or "subsets"'):
+        gramians(model, [batch], gates="half")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has no labels"):
         gramians(model, [batch], labels="observed")
     with pytest.raises(TypeError, match="gates are what the gauge is of"):

@@ -23,7 +23,7 @@ def bytes_kept(forward: Callable[[], Tensor], net: Any) -> int:
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage
-        return tensor
+        return tensor.detach()  # an output, saved as it is, would hold its own graph
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = forward()

@@ -21,6 +21,7 @@ OVERFLOW = (
     "float32 or bfloat16"
 )
 Labels = Literal["sampled", "observed"]
+Gates = Literal["ones", "subsets"]
 Found = Callable[[int, Tensor, Tensor], None]
 
 
@@ -47,6 +48,7 @@ def gramians(
     batches: Iterable[Mapping[str, Any]],
     *,
     labels: Labels = "sampled",
+    gates: Gates = "ones",
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Gramians:
@@ -64,18 +66,23 @@ def gramians(
         labels: "sampled" draws them from the network's own predictive, so that M
             belongs to the true Fisher information; "observed" takes those of the
             batches (the empirical Fisher, which vanishes where the network fits).
-        generator: Of the sampled labels; None goes on from torch's global state.
+        gates: "ones" for `balance` and `optimal_alpha`. With "subsets" each example
+            has gates of 1 in a random subset of the ranks, its size uniform from 0 to
+            R, and 0 elsewhere: ``gate_fisher`` then says what a rank is worth when
+            others are missing, and orders ranks for keeping few of them.
+        generator: Of labels and subsets; None goes on from torch's global state.
         progress: Show a bar over the batches.
 
     Raises:
         TypeError: If the model is no `GateLoRA`, or ``batches`` is one batch.
         ValueError: If there are no batches, the likelihood cannot sample, labels are
-            missing, a score is not finite, or the network takes no gate per example
-            (DoRA).
+            missing, a score is not finite, the network takes no gate per example
+            (DoRA), or a choice is none of those above.
         RuntimeError: If the adapter is merged, disabled, inactive or deleted.
 
     Source: the true Fisher by sampled labels, Kunstner, Balles and Hennig (2019, arXiv
-    1905.12558); factored moments, Martens and Grosse (2015, arXiv 1503.05671).
+    1905.12558); factored moments, Martens and Grosse (2015, arXiv 1503.05671); subsets
+    weighted as by Shapley (1953), for the Fisher information derived here.
     """
     if not isinstance(model, GateLoRA):
         raise TypeError(
@@ -84,6 +91,8 @@ def gramians(
         )
     if labels not in get_args(Labels):
         raise ValueError(f'labels={labels!r}; expected "sampled" or "observed"')
+    if gates not in get_args(Gates):
+        raise ValueError(f'gates={gates!r}; expected "ones" or "subsets"')
     check_several(batches, "gramians(model, [batch])")
     if dora := model.space.dora:
         raise ValueError(
@@ -95,7 +104,8 @@ def gramians(
     fisher = torch.zeros(model.space.size, dtype=torch.float64)
     with evaluating(model), seeded_by(generator):
         for batch in tqdm(batches, disable=not progress, desc="gramians"):
-            fisher += _gate_scores(model, batch, labels, sums).square().sum(0).cpu()
+            scores = _gate_scores(model, batch, labels, gates, sums)
+            fisher += scores.square().sum(0).cpu()
             count += batch_size(dict(batch))
     if count == 0:
         raise ValueError("got no batches; expected the training set")
@@ -183,17 +193,20 @@ class Tap:
 
 
 def _gate_scores(
-    model: GateLoRA, batch: Mapping[str, Any], labels: Labels, sums: Sums
+    model: GateLoRA, batch: Mapping[str, Any], labels: Labels, gates: Gates, sums: Sums
 ) -> Tensor:
     """Each example's score in its gates, ``B x R``; adds its tokens to ``sums``."""
     inputs = without_labels(batch)
     observed = batch.get("labels") if labels == "observed" else None
     if labels == "observed" and observed is None:
         raise ValueError('a batch has no labels; expected labels, or labels="sampled"')
-    gates = gate_rows(model.space.ones(), inputs)
-    with torch.enable_grad(), tapped(model, sums.add), model.bind(gates):
+    rows = gate_rows(model.space.ones(), inputs)
+    if gates == "subsets":
+        share = torch.rand_like(rows[:, :1])
+        rows = (torch.rand_like(rows) < share).to(rows).requires_grad_()
+    with torch.enable_grad(), tapped(model, sums.add), model.bind(rows):
         log_prob = _log_likelihood(model, model.predictions(**inputs), observed)
-        (scores,) = torch.autograd.grad(log_prob, gates)
+        (scores,) = torch.autograd.grad(log_prob, rows)
     return scores.double()
 
 
