@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.noise import batch_size
@@ -22,8 +22,8 @@ Batch = dict[str, Any]
 CPU_ROWS, ROWS = 16, 256  # rows of a pass with several draws, unless told otherwise
 TRIAL_EXAMPLES = 3
 
-# By model: its LoRA modules when it was tried, and why it cannot share passes
-_tried: weakref.WeakKeyDictionary[RankModel, tuple[tuple[str, ...], str]]
+# By model: for each setting that was tried, why it cannot share passes
+_tried: weakref.WeakKeyDictionary[RankModel, dict[tuple[Any, ...], str]]
 _tried = weakref.WeakKeyDictionary()
 
 
@@ -34,10 +34,13 @@ class FanOut:
     share of what precedes the first LoRA layer with a rank. Draws of weights
     (`FactorLoRA`) and DoRA layers share the prefix, but take one pass per draw.
 
-    A model's first batch (again after pruning) goes through a trial, 18 rows in all:
-    three examples, three draws, against one plain pass per draw. If the results differ
-    by more than the precision explains, or the network refuses, or it is compiled,
-    every draw takes a plain pass of the whole network and a warning says why.
+    A model's first batch goes through a trial: three examples under three gates, far
+    apart, against one plain pass per gate, and the same under three equal gates, which
+    shows what rounding does. If the results differ by more, or the network refuses, or
+    it is compiled, every draw takes a plain pass of the whole network and a warning
+    says why. It is tried anew after pruning, at another precision, and where other
+    tensors of a batch are as long as the batch; and again for the next batch as long as
+    the adapter changes nothing, as at its start.
 
     Wrong if the network, in eval mode, is no function of its inputs and the trial does
     not show it.
@@ -59,24 +62,30 @@ class FanOut:
 
     def __call__(self, batch: Batch) -> Tensor:
         """The predictions for one batch, ``S x B x ...``."""
-        if len(self.values) == 1 or self._obstacle(batch):
-            return looped(self.model, self.values, batch)
         copies = self.rows // batch_size(batch) if takes_rows(self.model) else 1
-        return fanned_out(self.model, self.values, batch, max(1, copies))
+        copies = max(1, min(copies, len(self.values) - 1))
+        if len(self.values) == 1 or self._obstacle(batch, min(copies, 2)):
+            return looped(self.model, self.values, batch)
+        return fanned_out(self.model, self.values, batch, copies)
 
-    def _obstacle(self, batch: Batch) -> str:
+    def _obstacle(self, batch: Batch, copies: int) -> str:
         """Why this model takes the loop; empty if it does not."""
-        modules, found = _tried.get(self.model, ((), ""))
-        if modules != self.model.space.modules:
-            found = trial(self.model, self.values[[0, 1, -1]], batch)
-            _tried[self.model] = self.model.space.modules, found
-            if found:
-                net = type(self.model.base_net.get_base_model()).__name__
-                warnings.warn(
-                    f"{net} cannot share passes between draws ({found}); predict runs "
-                    f"the whole network once per draw instead",
-                    stacklevel=4,
-                )
+        by_row = tuple(_by_row(leaf, batch_size(batch)) for leaf in tree_leaves(batch))
+        setting = (self.model.space.modules, resolution(self.model), by_row, copies)
+        known = _tried.setdefault(self.model, {})
+        if setting in known:
+            return known[setting]
+        found = trial(self.model, self.values[[0, 1, -1]], batch, copies)
+        if found is None:
+            return ""
+        if found and found not in known.values():
+            net = type(self.model.base_net.get_base_model()).__name__
+            warnings.warn(
+                f"{net} cannot share passes between draws ({found}); predict runs the "
+                f"whole network once per draw instead",
+                stacklevel=4,
+            )
+        known[setting] = found
         return found
 
 
@@ -85,19 +94,27 @@ def takes_rows(model: RankModel) -> bool:
     return not model.space.sides and not model.space.dora
 
 
-def trial(model: RankModel, values: Tensor, batch: Batch) -> str:
-    """Why a model cannot share passes between three draws; empty if it can."""
+def trial(model: RankModel, values: Tensor, batch: Batch, copies: int) -> str | None:
+    """Why a model cannot share passes; empty if it can, None if nothing shows it."""
     if any(m._compiled_call_impl is not None for m in model.base_net.modules()):
         return "it is compiled"
+    if not model.space.sides:  # gates: all on, and two that turn off half each
+        half = torch.arange(values.shape[1], device=values.device) % 2
+        values = torch.stack([torch.ones_like(half), half, 1 - half]).to(values)
     few = _with_rows(batch, lambda rows: rows[:TRIAL_EXAMPLES])
-    expected = looped(model, values, few)
     try:
-        got = fanned_out(model, values, few, 2 if takes_rows(model) else 1)
-        error = float((got - expected).abs().max())
-    except Exception as failure:  # whatever it is, the loop did without
+        expected, equal = looped(model, values, few), values[[1, 1, 1]]
+        error = _largest(fanned_out(model, values, few, copies) - expected)
+        rounding = _largest(fanned_out(model, equal, few, copies) - expected[1])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as failure:  # whatever it is, one plain pass a draw may do
         return f"{type(failure).__name__}: {failure}"
-    near = error <= resolution(model) ** 0.5 * (1 + float(expected.abs().max()))
-    return "" if near else f"its predictions would differ by {error:.2g}"
+    size, ulp = _largest(expected), resolution(model)
+    limit = min(max(8 * rounding, ulp * size), ulp**0.5 * (1 + size))
+    if error > limit:
+        return f"its predictions would differ by {error:.2g}"
+    return "" if _largest(expected - expected[0]) > 8 * limit else None
 
 
 def looped(model: RankModel, values: Sequence[Tensor] | Tensor, batch: Batch) -> Tensor:
@@ -135,12 +152,18 @@ def _with_rows(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
     """The batch with ``change`` made to every tensor that has a row per example."""
     size = batch_size(batch)
 
-    def each(leaf: Any) -> Any:
-        by_row = isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == size
-        return change(leaf) if by_row else leaf
-
-    changed: Batch = tree_map(each, batch)
+    changed: Batch = tree_map(
+        lambda leaf: change(leaf) if _by_row(leaf, size) else leaf, batch
+    )
     return changed
+
+
+def _by_row(leaf: Any, size: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == size
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max())
 
 
 def resolution(model: RankModel) -> float:

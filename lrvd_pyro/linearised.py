@@ -91,10 +91,14 @@ class Linearised:
     Args:
         model: The model; `check_linearisable` says whether it can be.
         moments: Of its gate.
+
+    Raises:
+        ValueError: From the call, if rows of the first batch depend on each other.
     """
 
     def __init__(self, model: RankModel, moments: GateMoments) -> None:
         self.model, self.moments = model, moments
+        self._alone = False  # rows were seen not to depend on each other
 
     def __call__(self, batch: dict[str, Any]) -> Tensor:
         """The predictions for one batch, ``S x B x ...``."""
@@ -111,8 +115,23 @@ class Linearised:
         gates = gate_rows(gate, batch)
         with torch.enable_grad(), self.model.bind(gates):
             mean = self.model.likelihood.contrasts(self.model.predictions(**batch))
+            self._check_rows(mean, gates)
             rows = [_gradient(contrast, gates) for contrast in mean.sum(0)]
         return mean.detach(), self.moments.project(torch.stack(rows, 1).to(mean))
+
+    def _check_rows(self, mean: Tensor, gates: Tensor) -> None:
+        """Raise if an example's gates move another example's contrasts."""
+        if self._alone or len(gates) == 1:
+            return
+        first = _gradient(mean[0].sum(), gates).abs()
+        if bool(first[1:].max() > 1e-6 * first.max()):
+            raise ValueError(
+                f"in {type(self.model.base_net.get_base_model()).__name__} the gates "
+                f"of one example move the predictions for another: its rows see each "
+                f"other, or its layers have the batch on another axis than the first; "
+                f'predict(..., method="sample") takes one draw for all'
+            )
+        self._alone = bool(first.any())
 
 
 def check_linearisable(model: RankModel) -> None:

@@ -87,7 +87,8 @@ def predict(
             example.
         ValueError: If there is no batch, ``num_samples`` or ``max_batch`` is below 1,
             ``method`` is neither, the guide has no parameters yet, or the draws lack a
-            latent site, differ in number, or are one alone if linearised.
+            latent site, differ in number, or are one alone if linearised; and if
+            linearised, where an example's gates move other examples' predictions.
 
     Source: of the linearised predictive MacKay (1992); Immer, Korzepa and Bauer (2021,
     arXiv 2008.08216); Daxberger et al. (2021, arXiv 2106.14806).

@@ -51,7 +51,7 @@ def test_predict_takes_it_without_a_warning(build: Any) -> None:
     guide = RankDiagonal(model, init_log_alpha=0.0)
     passes = counted(model.base_net.get_base_model())
     p = lrvd.predict(model, guide, [batch], 8, max_batch=20, return_samples=True)
-    trial = 3 + 1 + 1
+    trial = 3 + 2 + 2  # plain, and two draws below one another, twice
     assert sum(passes.values()) == trial + 1 + 2  # seven draws, four at a time
     alone = lrvd.predict(model, guide, [batch], 8, max_batch=1, return_samples=True)
     close(p.samples, alone.samples)
@@ -105,7 +105,7 @@ def test_draws_for_a_whole_batch_share_the_prefix_and_no_pass(kind: str) -> None
     lower = net.base_model.model.bert.encoder.layer[0].attention
     passes, batch = counted(lower), tokens(labels=False)
     p = lrvd.predict(model, guide, [batch], 8, return_samples=True)
-    assert passes[lower] == 3 + 1 + 1
+    assert passes[lower] == 3 + 1 + 1 + 1
     torch.manual_seed(0)
     drawn = [model.value_at(guide()) for _ in range(8)]
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """Networks that cannot share passes between draws, and what sharing must not change."""
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from nets import CLASSES, lora, perceptron
 from torch import Tensor, nn
 
 import lrvd_pyro as lrvd
-from lrvd_pyro.fan_out import FanOut, fanned_out, looped, resolution
+from lrvd_pyro.fan_out import FanOut, fanned_out, looped, resolution, trial
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import GateLoRA
 
@@ -55,6 +56,92 @@ def test_a_network_that_cannot_is_looped_over_and_said_so_once(
     with torch.no_grad():
         close(p.samples, looped(model, drawn, batch).softmax(-1))
     close(p.samples, again.samples)
+
+
+def nudge(model: GateLoRA) -> None:
+    """Let B differ from 0."""
+    with torch.no_grad():
+        for weight in model.space.weights("lora_B"):
+            nn.init.normal_(weight, std=0.3)
+
+
+def test_a_trial_of_an_adapter_that_does_nothing_yet_proves_nothing() -> None:
+    net = lora(Mixer("mixed"), randomise=False, target_modules=["out", "hidden"])
+    model, batch = GateLoRA(net, num_data=9), {"x": torch.randn(4, 5)}
+    guide = RankDiagonal(model, init_log_alpha=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lrvd.predict(model, guide, [batch], 6)
+    nudge(model)
+    with pytest.warns(match="its predictions would differ by"):
+        lrvd.predict(model, guide, [batch], 6)
+
+
+def test_rows_that_see_each_other_are_seen_in_half_precision() -> None:
+    torch.set_default_dtype(torch.float32)
+    for kind, alone in (("mixed", False), ("plain", True)):
+        net = lora(Mixer(kind), target_modules=["out", "hidden"])
+        model, batch = GateLoRA(net, num_data=9), {"x": torch.randn(4, 5)}
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            found = str(trial(model, draws(model, 3), batch, 2))
+        assert "would differ" not in found if alone else "would differ" in found
+
+
+class Anchored(nn.Module):
+    """Compares its rows with constant ones that are given beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(5, 6)
+
+    def forward(self, x: Tensor, anchors: Tensor) -> Tensor:
+        return self.hidden(x) @ anchors.softmax(0).T[:, :CLASSES]
+
+
+def test_a_constant_as_long_as_a_later_batch_is_not_taken_for_rows() -> None:
+    model = GateLoRA(lora(Anchored(), target_modules=["hidden"]), num_data=12)
+    values, anchors = draws(model), torch.randn(4, 6)
+    fan_out = FanOut(model, values)
+    for size in (8, 4):
+        batch = {"x": torch.randn(size, 5), "anchors": anchors}
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore" if size == 4 else "error")
+            close(fan_out(batch), looped(model, values, batch))
+
+
+class Graph(nn.Module):
+    """Averages over neighbours: a B x B matrix cannot be cut by rows alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(5, CLASSES)
+
+    def forward(self, x: Tensor, adjacency: Tensor) -> Tensor:
+        return adjacency @ self.hidden(x)
+
+
+def test_a_batch_that_cannot_be_cut_is_looped_over() -> None:
+    model = GateLoRA(lora(Graph(), target_modules=["hidden"]), num_data=12)
+    batch = {"x": torch.randn(6, 5), "adjacency": torch.rand(6, 6)}
+    values = draws(model)
+    with torch.no_grad(), pytest.warns(match="Graph cannot share passes"):
+        close(FanOut(model, values)(batch), looped(model, values, batch))
+
+
+def test_running_out_of_memory_is_raised_and_not_remembered() -> None:
+    model, batch = GateLoRA(perceptron(), num_data=9), {"x": torch.randn(4, 5)}
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no memory left")
+
+    hook = model.base_net.register_forward_pre_hook(full)
+    fan_out = FanOut(model, draws(model))
+    with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):
+        fan_out(batch)
+    hook.remove()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fan_out(batch)
 
 
 def test_a_compiled_network_takes_whole_passes() -> None:

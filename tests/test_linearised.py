@@ -6,8 +6,8 @@ from typing import Any
 import pyro
 import pytest
 import torch
-from nets import bert, regression, tokens
-from torch import Tensor
+from nets import bert, lora, regression, tokens
+from torch import Tensor, nn
 
 import lrvd_pyro as lrvd
 from lrvd_pyro import guides, priors
@@ -301,3 +301,22 @@ def test_it_errs_where_the_posterior_is_wide() -> None:
         many = lrvd.predict(model, guide, [batch], 500)
         errors.append(float((p.probs - many.probs).abs().max()))
     assert errors[0] < 0.01 and errors[1] > 5 * errors[0]
+
+
+class Mixer(nn.Module):
+    """A network whose rows see each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.out(x)
+        return h - h.mean(0)
+
+
+def test_rows_that_see_each_other_are_refused() -> None:
+    model = GateLoRA(lora(Mixer(), target_modules=["out"]), num_data=9)
+    batch = {"x": torch.randn(4, 5)}
+    with pytest.raises(ValueError, match="gates of one example move the predictions"):
+        lrvd.predict(model, RankDiagonal(model), [batch], method="linearised")
