@@ -22,10 +22,11 @@ def free_lower_layers(
     """Remove all ranks of the lowest layers that carry little, as `select` does.
 
     Of ``sum t_i^2`` over all modules, in nats per data set, the lowest layers go that
-    hold at most ``share`` of it together; the highest layer stays. No layer below the
-    first with a rank keeps activations or has a backward pass from then on, so that a
-    step costs less than one of plain LoRA, and `predict` runs them once for all draws.
-    What the others learn afterwards makes up for what went: call it early.
+    hold at most ``share`` of it together; the highest stays. From then on no layer
+    below the first with a rank keeps activations or has a backward pass, unless inputs
+    require a gradient (``net.disable_input_require_grads()``): a step costs less than
+    one of plain LoRA, and `predict` runs those layers once for all draws. Others have
+    to learn what went: call it early.
 
     Example::
 
@@ -49,37 +50,58 @@ def free_lower_layers(
         Which components stayed, bool (R,), R as before.
 
     Raises:
-        ValueError: If ``share`` is out of range, or the values belong to other modules
-            or are all 0.
+        TypeError: If the values are no mapping, or a layer is a DoRA layer.
+        ValueError: If ``share`` is out of range, or the values belong to other modules,
+            are not finite or all 0.
         Besides, as `pruning.select` raises it; nothing has changed then.
 
-    Layers are told by the first number in a module's name; a module without one stays,
-    and those of an encoder and a decoder that share a number go together. A share of a
-    sum that is far from converged is a rule of thumb, no theorem: compare the accuracy
-    with that of a run without, as ``examples/benchmarks/whole_run.py`` does.
+    Layers are told by the first number in a module's name; modules without one count
+    as the highest, and those of an encoder and a decoder that share a number go
+    together. A share of a sum that is far from converged is a rule of thumb, no
+    theorem: compare the accuracy with that of a run without, as
+    ``examples/benchmarks/whole_run.py`` does.
 
     Source: freezing lower layers early, Brock et al. (2017, arXiv 1706.04983); which
     ones, by the balanced singular values, derived here.
     """
-    check_pair(model, guide)
-    if not 0 <= share < 1:
-        raise ValueError(f"share={share}; expected a number from 0 to below 1")
+    _check(model, guide, hankel_values, share)
     space = model.space
-    if {name: len(t) for name, t in hankel_values.items()} != dict(
-        zip(space.modules, space.ranks, strict=True)
-    ):
-        raise ValueError(
-            "the Hankel values are of other LoRA modules or ranks; take them again: "
-            "hankel_values(gramians(model, batches))"
-        )
-    energy = torch.cat([hankel_values[name].square() for name in space.modules])
-    if not bool(energy.sum() > 0):
-        raise ValueError(
-            "the Hankel values are all 0: no module's B has moved yet; train first"
-        )
+    energy = torch.cat([hankel_values[name].cpu().square() for name in space.modules])
     layer = torch.tensor(space.coordinates["layer"])
     layer[layer < 0] = layer.max() + 1
     below = torch.stack([energy[layer <= n].sum() for n in layer])
     keep = (below > share * energy.sum()) | (layer == layer.max())
     select(model, guide, keep, optimizer)
     return keep
+
+
+def _check(
+    model: GateLoRA, guide: RankDiagonal, hankel_values: Any, share: float
+) -> None:
+    """Raise unless these are usable values of this model."""
+    check_pair(model, guide)
+    if not 0 <= share < 1:
+        raise ValueError(f"share={share}; expected a number from 0 to below 1")
+    space = model.space
+    if not isinstance(hankel_values, Mapping):
+        raise TypeError(
+            f"got {type(hankel_values).__name__}; expected t by module: "
+            f"hankel_values(gramians(model, batches))"
+        )
+    if space.dora:
+        raise TypeError(
+            f"the DoRA layer {space.dora[0]!r} cannot be left without a rank; use "
+            f"plain LoRA (LoraConfig(use_dora=False))"
+        )
+    given = {name: len(t) for name, t in hankel_values.items()}
+    if given != dict(zip(space.modules, space.ranks, strict=True)):
+        raise ValueError(
+            "the Hankel values are of other LoRA modules or ranks; take them again: "
+            "hankel_values(gramians(model, batches))"
+        )
+    total = float(sum(t.abs().sum() for t in hankel_values.values()))
+    if not 0 < total < float("inf"):
+        raise ValueError(
+            f"the Hankel values sum to {total}; expected finite ones, not all 0: "
+            f"nothing was gathered, or no module's B has moved yet; train first"
+        )

@@ -116,6 +116,8 @@ def test_training_goes_on_in_the_layers_that_stay():
         gather.step()
     found = hankel_values(gather.found())
     gather.close()
+    gather.step()
+    assert not model._forward_pre_hooks
     lower = [t.square().sum() for t in found.values()][: 2 * (LAYERS - 1)]
     share = float(sum(lower) / sum(t.square().sum() for t in found.values()))
     free_lower_layers(model, guide, found, optim, share=share + 1e-6)
@@ -145,6 +147,20 @@ def test_values_of_other_ranks_are_refused():
 def test_an_adapter_that_has_not_trained_is_refused():
     model, guide = pair(randomise=False)
     found = hankel_values(gramians(model, [nets.tokens()]))
-    with pytest.raises(ValueError, match="no module's B has moved yet; train first"):
-        free_lower_layers(model, guide, found)
+    for values in (found, {name: t * torch.nan for name, t in found.items()}):
+        with pytest.raises(ValueError, match="no module's B has moved yet; train"):
+            free_lower_layers(model, guide, values)
     assert len(model.space.modules) == 2 * LAYERS
+
+
+def test_moments_in_place_of_their_values_are_refused():
+    model, guide = pair()
+    moments: Any = gramians(model, [nets.tokens()])
+    with pytest.raises(TypeError, match="got Gramians; expected t by module"):
+        free_lower_layers(model, guide, moments)
+
+
+def test_dora_is_refused():
+    model, guide = pair(use_dora=True)
+    with pytest.raises(TypeError, match="cannot be left without a rank"):
+        free_lower_layers(model, guide, sizes(model, 1, 1, 1, 1))

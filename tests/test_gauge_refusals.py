@@ -44,6 +44,13 @@ def test_what_gramians_cannot_use_is_refused_by_name() -> None:
         gramians(GateLoRA(perceptron(use_dora=True), num_data=3), [batch])
 
 
+def test_a_fisher_over_subsets_is_no_moment_to_balance_by() -> None:
+    net, batch = perceptron(), rows(20, 5)
+    some = gramians(GateLoRA(net, num_data=20), [batch], gates="subsets")
+    with pytest.raises(ValueError, match="no moments to balance by"):
+        balance(net, some)
+
+
 class Rooted(torch.nn.Module):
     """Its derivative at 0 is infinite."""
 

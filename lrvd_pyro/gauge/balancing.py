@@ -190,6 +190,11 @@ def _check_fit(space: RankSpace, gramians: Gramians) -> None:
     """Raise unless the moments are of these modules, and rows and columns can mix."""
     given = {name: len(gram) for name, gram in gramians.scores.items()}
     ours = dict(zip(space.modules, space.ranks, strict=True))
+    if not given:
+        raise ValueError(
+            "there are no moments to balance by: gates were drawn as subsets; take "
+            "them at gates of 1: gramians(model, batches)"
+        )
     if given != ours:
         differing = sorted(given.items() ^ ours.items())
         raise ValueError(

@@ -68,8 +68,8 @@ def gramians(
             batches (the empirical Fisher, which vanishes where the network fits).
         gates: "ones" for `balance` and `optimal_alpha`. With "subsets" each example
             has gates of 1 in a random subset of the ranks, its size uniform from 0 to
-            R, and 0 elsewhere: ``gate_fisher`` then says what a rank is worth when
-            others are missing, and orders ranks for keeping few of them.
+            R, and 0 elsewhere: ``gate_fisher``, all that is returned then, says what a
+            rank is worth when others are missing, and orders ranks for keeping few.
         generator: Of labels and subsets; None goes on from torch's global state.
         progress: Show a bar over the batches.
 
@@ -110,6 +110,8 @@ def gramians(
     if count == 0:
         raise ValueError("got no batches; expected the training set")
     modules, whole = model.space.modules, model.num_data / count
+    if gates == "subsets":
+        return Gramians({}, {}, whole * fisher)
     return Gramians(
         activations=dict(zip(modules, sums.mean_activations(), strict=True)),
         scores={m: whole * s for m, s in zip(modules, sums.scores, strict=True)},

@@ -84,14 +84,14 @@ class BalanceSchedule:
         self.every, self.gather_every = every, gather_every
         self.steps = 0
         torch_optimisers(optimizer)  # refuses what is none
-        self._taps, self._tapping = ExitStack(), False
+        self._taps, self._tapping, self._closed = ExitStack(), False, False
         self._forget()
         self._listen()
 
     def step(self) -> dict[str, Change] | None:
         """Count a step; returns the changes of basis if this one was to balance."""
         self.steps += 1
-        self.close()
+        self._unhook()
         changes = None
         self._forget_if_pruned()
         if self.steps % self.every == 0 and self._examples:
@@ -114,9 +114,9 @@ class BalanceSchedule:
         )
 
     def close(self) -> None:
-        """Leave the network as it was without this schedule."""
-        self._taps.close()
-        self._tapping = False
+        """Leave the network as it was without this schedule; no step gathers again."""
+        self._closed = True
+        self._unhook()
 
     def state_dict(self) -> dict[str, Any]:
         """The counters and sums, as JSON has them."""
@@ -141,7 +141,7 @@ class BalanceSchedule:
                 f"the saved schedule knows modules of ranks {state['ranks']} and the "
                 f"model has {list(self.model.space.ranks)}; restore the model first"
             )
-        self.close()
+        self._unhook()
         self._forget()
         self.steps, self._examples = state["steps"], state["examples"]
         self._sums.tokens = list(state["tokens"])
@@ -159,10 +159,14 @@ class BalanceSchedule:
 
     def _listen(self) -> None:
         """Tap the next step if it is one to gather on."""
-        if (self.steps + 1) % self.gather_every:
+        if self._closed or (self.steps + 1) % self.gather_every:
             return
         hook = self.model.register_forward_pre_hook(self._tap, with_kwargs=True)
         self._taps.callback(hook.remove)
+
+    def _unhook(self) -> None:
+        self._taps.close()
+        self._tapping = False
 
     def _tap(self, model: nn.Module, args: Any, batch: dict[str, Any]) -> None:
         if not torch.is_grad_enabled():
