@@ -3,9 +3,9 @@
 A random Llama-like classifier (1B: 16 layers of width 2048; 7B: 32 of 4096) in
 bfloat16 autocast, LoRA of rank 16 on q, k, v, o and the MLP, 4 texts of 512 tokens,
 with torch.compile on and off and gradient checkpointing on and off. "step" is forward,
-backward and fused AdamW; "memory" the peak of the allocator in a step; "predict" 8
+backward and fused AdamW; "memory" what a step allocates at its peak; "predict" 8
 posterior samples, per sample, over one forward pass. LoRA and GateLoRA take turns in
-one process, on one network; medians. Without a GPU it says so and ends.
+one process, on twin networks; medians. Without a GPU it says so and ends.
 
     PYTHONPATH=examples python examples/benchmarks/gpu.py
     PYTHONPATH=examples python examples/benchmarks/gpu.py --check
@@ -124,31 +124,38 @@ def ratio(run: Step, base: Step) -> tuple[float, float]:
 
 
 def peak(run: Step) -> int:
-    """Bytes allocated at most while it runs."""
+    """Bytes allocated at most while it runs, beyond those allocated before."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     run()
-    return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() - before
 
 
-def measure(size: str, *, compiled: bool, checkpointed: bool) -> dict[str, Any]:
-    """One line: LoRA against GateLoRA on the same network."""
-    torch._dynamo.reset()
+def adapted(size: str, *, checkpointed: bool) -> Any:
+    """A Llama with LoRA in bf16 on the card."""
     net = llama(size, "cuda", torch.bfloat16)
-    batch = batch_of(4, 512, SIZES[size][-1], "cuda")
     if checkpointed:
         options = {"use_reentrant": False}
         net.get_base_model().gradient_checkpointing_enable(options)
-        net.enable_input_require_grads()
+    return net
+
+
+def measure(size: str, *, compiled: bool, checkpointed: bool) -> dict[str, Any]:
+    """One line: GateLoRA against LoRA on a twin of its network."""
+    torch._dynamo.reset()
+    bare, net = (adapted(size, checkpointed=checkpointed) for _ in range(2))
+    batch = batch_of(4, 512, SIZES[size][-1], "cuda")
     model = GateLoRA(net, num_data=1000)
     guide = RankDiagonal(model)
     if compiled:
+        bare.compile()
         net.compile()
     elbo = lrvd.RankELBO()(model, guide)
     fused: dict[str, Any] = {"weight_decay": 0.0, "fused": True}
-    plain = torch.optim.AdamW(trained(net), lr=LR, **fused)
+    plain = torch.optim.AdamW(trained(bare), lr=LR, **fused)
     gated = torch.optim.AdamW(parameter_groups(model, guide, lr=LR), **fused)
-    lora = stepping(lambda: net(**batch).loss, plain)
+    lora = stepping(lambda: bare(**batch).loss, plain)
     gate = stepping(lambda: elbo(**batch), gated)
     step, seconds = ratio(gate, lora)
     line = {"size": size, "compile": compiled, "checkpointing": checkpointed}

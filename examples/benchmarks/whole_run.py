@@ -5,7 +5,7 @@ fused AdamW for plain LoRA. They go on epoch by epoch in one process, in a new o
 every time; seconds are those of the training loop, divided by LoRA's.
 
 - "LoRA", and "A/A", a second one;
-- "LoRA, upper half": on the upper three layers alone, from the start;
+- "LoRA, upper half": the lower three layers' A and B frozen from the start;
 - "GateLoRA": at the true ELBO;
 - "GateLoRA, freed at 1/3" and "at 1/2": the first epoch runs in half batches, so that
   no step of it keeps more than half of LoRA's bytes; then `free_lower_layers` removes
