@@ -112,10 +112,19 @@ class RankModel(UniqueModule):
         return predictions
 
     def predictions(self, **inputs: Any) -> Tensor:
-        """The network's logits for whatever is bound at present."""
+        """The network's logits for whatever is bound at present.
+
+        Raises:
+            TypeError: If the network returns no tensor, nor something with logits.
+        """
         output = self.base_net(**inputs)
         self.space.check_fired()
-        logits: Tensor = getattr(output, "logits", output)
+        logits = getattr(output, "logits", output)
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"the network returned a {type(output).__name__}; expected a tensor or "
+                f"an output with logits: net(**batch, return_dict=True), or a head"
+            )
         return logits
 
     @property

@@ -157,6 +157,12 @@ def test_labels_must_be_a_tensor_and_the_batch_not_empty() -> None:
         model(**tokens(0))
 
 
+def test_a_network_that_returns_a_tuple_is_refused() -> None:
+    model, batch = GateLoRA(bert(), num_data=9), tokens() | {"return_dict": False}
+    with pytest.raises(TypeError, match="returned a tuple; expected a tensor or an"):
+        model(**batch)
+
+
 def test_noise_of_a_regression_starts_positive() -> None:
     with pytest.raises(ValueError, match="scale=-1.0; expected a positive"):
         Normal(-1.0)
