@@ -21,8 +21,8 @@ training sentences; "test" is the official dev set.
     PYTHONPATH=examples python examples/benchmarks/gauge.py \\
         --data ../shared/data/sst2
 
-appends lines to results/gauge.jsonl, prints the tables of all lines and draws
-results/gauge.png.
+appends lines to results/gauge.jsonl, prints the tables of all lines and draws those of
+the first data set as results/gauge.png.
 """
 
 import argparse
@@ -257,7 +257,8 @@ def main(argv: list[str] | None = None) -> None:
     frame = pd.read_json(options.out, lines=True)
     frame = frame.drop_duplicates([c for c in frame if c in KEYS], keep="last")
     print(show(frame))
-    picture(frame, options.out.with_suffix(".png"))
+    of_first = frame[frame["data"] == options.data[0].name]
+    picture(of_first, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
