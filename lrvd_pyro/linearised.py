@@ -1,5 +1,6 @@
 """The network linearised in its gates: a Gaussian over what a likelihood looks at."""
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,10 @@ from lrvd_pyro.noise import PerExample
 
 DRAWS = 4096  # of gates, where a guide's covariance has no closed form
 NODES = 1024  # points of the Gaussian over contrasts
+
+# By model: its LoRA modules when rows were seen not to depend on each other
+_alone: weakref.WeakKeyDictionary[RankModel, tuple[str, ...]]
+_alone = weakref.WeakKeyDictionary()
 WAY_OUT = 'predict(..., method="sample") needs none'
 
 
@@ -93,12 +98,12 @@ class Linearised:
         moments: Of its gate.
 
     Raises:
-        ValueError: From the call, if rows of the first batch depend on each other.
+        ValueError: From the call, if rows of the model's first batch (again after
+            pruning) depend on each other.
     """
 
     def __init__(self, model: RankModel, moments: GateMoments) -> None:
         self.model, self.moments = model, moments
-        self._alone = False  # rows were seen not to depend on each other
 
     def __call__(self, batch: dict[str, Any]) -> Tensor:
         """The predictions for one batch, ``S x B x ...``."""
@@ -121,7 +126,8 @@ class Linearised:
 
     def _check_rows(self, mean: Tensor, gates: Tensor) -> None:
         """Raise if an example's gates move another example's contrasts."""
-        if self._alone or len(gates) == 1:
+        modules = self.model.space.modules
+        if _alone.get(self.model) == modules or len(gates) == 1:
             return
         first = _gradient(mean[0].sum(), gates).abs()
         if bool(first[1:].max() > 1e-6 * first.max()):
@@ -131,7 +137,8 @@ class Linearised:
                 f"other, or its layers have the batch on another axis than the first; "
                 f'predict(..., method="sample") takes one draw for all'
             )
-        self._alone = bool(first.any())
+        if first.any():
+            _alone[self.model] = modules
 
 
 def check_linearisable(model: RankModel) -> None:

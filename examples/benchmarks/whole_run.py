@@ -39,6 +39,7 @@ import pyro
 import torch
 import transformers
 from benchmarks.measuring import append, bytes_kept
+from benchmarks.predict_time import seconds_of
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from pyro.infer import SVI
 from rank_selection import time_ratio
@@ -52,7 +53,9 @@ from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import GateLoRA
 
 RESULTS = Path(__file__).parent / "results" / "whole_run.jsonl"
-SAMPLES, ROUNDS, COLUMNS = 8, 21, ["time", "bytes", "accuracy", "nll", "ece", "ranks"]
+SAMPLES, ROUNDS = 8, 21
+COLUMNS = ["time", "bytes", "accuracy", "nll", "ece", "ranks"]
+COLUMNS += ["forward", "exported", "predict"]
 SHARES = {"GateLoRA, freed at 1/3": 1 / 3, "GateLoRA, freed at 1/2": 1 / 2}
 Batch = dict[str, Tensor]
 
@@ -141,8 +144,7 @@ class Bayesian(Run):
         self.model = GateLoRA(self.net, num_data=TRAIN)
         self.guide = RankDiagonal(self.model)
         self.optim = lrvd.optim.AdamW(lr=LR, variational_lr=0.05, schedule=self.decay)
-        self.elbo = lrvd.RankELBO()
-        self.svi = SVI(self.model, self.guide, self.optim, loss=self.elbo)
+        self.svi = SVI(self.model, self.guide, self.optim, loss=lrvd.RankELBO())
         self.gather: BalanceSchedule | None = None
         if name in SHARES:
             self.gather = BalanceSchedule(
@@ -183,9 +185,9 @@ class Bayesian(Run):
         """Forward passes of the trained network, as it is and exported."""
         batch = next(iter(self.task.test.in_order()))
         model, guide = self.model, self.guide
-        predict = seconds(lambda: lrvd.predict(model, guide, [batch], 16), ROUNDS // 3)
+        predict = least(lambda: lrvd.predict(model, guide, [batch], 16), ROUNDS // 3)
         with lrvd.posterior_mean(model, guide) as net, torch.no_grad():
-            forward = seconds(lambda: net(**batch), ROUNDS)
+            forward = least(lambda: net(**batch), ROUNDS)
             live = time_ratio(net, plain, batch, ROUNDS)
         with tempfile.TemporaryDirectory() as folder:
             lrvd.export_peft(folder, model, guide, probe=batch)
@@ -206,14 +208,9 @@ ROWS: dict[str, type[Run]] = {
 } | dict.fromkeys(SHARES, Bayesian)
 
 
-def seconds(call: Callable[[], Any], rounds: int) -> float:
-    """The least time of a few calls."""
-    times = []
-    for _ in range(rounds):
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    return min(times)
+def least(call: Callable[[], Any], rounds: int) -> float:
+    """The least seconds of a few calls."""
+    return min(seconds_of(call) for _ in range(rounds))
 
 
 def measure(task: Task, rows: Iterable[str]) -> list[dict[str, Any]]:
@@ -240,8 +237,7 @@ def measure(task: Task, rows: Iterable[str]) -> list[dict[str, Any]]:
 
 def table(frame: pd.DataFrame) -> str:
     """Mean and standard deviation over seeds."""
-    present = [*COLUMNS, "forward", "exported", "predict"]
-    groups = frame.groupby("row", sort=False)[present]
+    groups = frame.groupby("row", sort=False)[COLUMNS]
     parts = [groups.mean(), groups.std()]
     return "\n\n".join(part.round(3).to_string() for part in parts)
 
