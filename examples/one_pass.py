@@ -112,6 +112,11 @@ POSTERIORS: dict[str, tuple[Callable[..., Built], bool]] = {
         partial(one_pass, prior=partial(LogUniform, 2.0)),
         True,
     ),
+    "centred gauge": (partial(one_pass, centred=True), True),
+    "centred, multiplicity 2": (
+        partial(one_pass, centred=True, prior=partial(LogUniform, 2.0)),
+        True,
+    ),
     "balanced, multiplicity 4": (
         partial(one_pass, prior=partial(LogUniform, 4.0)),
         False,

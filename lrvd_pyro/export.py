@@ -8,13 +8,15 @@ that the scaling is 1 whether or not a server reads ``rank_pattern`` and
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lrvd_pyro.batches import without_labels
+from lrvd_pyro.centres import constant
 from lrvd_pyro.folders import AnyPath, written_whole
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.plain_peft import (
@@ -30,11 +32,20 @@ from lrvd_pyro.predict import evaluating, posterior_mean
 
 Mode = Literal["pruned", "padded", "merged"]
 Guide = Callable[..., Any]
-Pair = tuple[Tensor, Tensor]
+
+
+class MeanModule(NamedTuple):
+    """A LoRA module at the posterior mean, its scaling in B and bias."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    bias: Tensor | None
+
 
 # Initialisations that subtract the first B A from the base weights.
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 HALF = (torch.bfloat16, torch.float16)
+PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_B.centre")
 
 
 def export_peft(
@@ -110,31 +121,37 @@ def plain_adapter(
     refuse_other_adapters(model)
     _refuse_what_no_adapter_holds(model)
     net, adapter = model.base_net, model.space.adapter
-    pairs = mean_pairs(model, guide, drop=drop)
-    left = {name: pair for name, pair in pairs.items() if len(pair[0])}
+    means = mean_modules(model, guide, drop=drop)
+    left = {name: mean for name, mean in means.items() if not _is_nothing(mean)}
     if not left:
         raise ValueError(
             "nothing is left to export: the mean of every gate is 0, and PEFT has no "
             'adapter without rank; use export_peft(..., mode="merged")'
         )
-    ranks = {name: len(A) for name, (A, _) in left.items()}
+    # PEFT knows no rank 0: where a bias alone is left, it comes with a row of zeros
+    ranks = {name: max(1, len(mean.lora_A)) for name, mean in left.items()}
     if uniform:
         ranks = dict.fromkeys(left, max(ranks.values()))
-        left = {name: _padded(name, pair, ranks[name]) for name, pair in left.items()}
     tensors = adapter_state(net, adapter)
-    for name in pairs:
-        for side in ("lora_A", "lora_B"):
-            del tensors[f"{PREFIX}{name}.{side}.weight"]
-    for name, pair in left.items():
-        for side, weight in zip(("lora_A", "lora_B"), pair):
-            tensors[f"{PREFIX}{name}.{side}.weight"] = weight
+    for name in means:
+        for part in PARTS:
+            tensors.pop(f"{PREFIX}{name}.{part}", None)
+    for name, mean in left.items():
+        filled = _padded(name, mean, ranks[name])
+        tensors |= {
+            f"{PREFIX}{name}.{part}": tensor
+            for part, tensor in zip(PARTS, filled)
+            if tensor is not None
+        }
     config = lora_config(live_config(model), ranks, ranks, module_names(net))
     config.use_rslora, config.inference_mode = False, True
     return config, tensors
 
 
-def mean_pairs(model: RankModel, guide: Guide, *, drop: bool) -> dict[str, Pair]:
-    """For each LoRA module A and scaling B diag(z) at the posterior mean.
+def mean_modules(
+    model: RankModel, guide: Guide, *, drop: bool
+) -> dict[str, MeanModule]:
+    """For each LoRA module A, scaling B diag(z) and its bias at the posterior mean.
 
     A DoRA module keeps one component, since its magnitude is no part of a rank.
     """
@@ -144,17 +161,40 @@ def mean_pairs(model: RankModel, guide: Guide, *, drop: bool) -> dict[str, Pair]
         As = drawn.get("lora_A", space.weights("lora_A"))
         Bs = drawn.get("lora_B", space.weights("lora_B"))
         gates = drawn.get("gate", [A.new_ones(len(A)) for A in As])
-        pairs, dora = {}, space.dora
+        means, dora = {}, space.dora
         for name, layer, A, B, gate in zip(space.modules, space.layers, As, Bs, gates):
             scaling = layer.scaling[space.adapter]
+            bias = _mean_bias(layer, space.adapter, gate)
             if B.shape[1] != len(gate):  # a grouped convolution: rows of A are ranks
-                pairs[name] = _scaled(A, gate, 0), (B * scaling).to(B)
+                means[name] = MeanModule(_scaled(A, gate, 0), (B * scaling).to(B), bias)
                 continue
             keep = gate != 0 if drop else torch.ones_like(gate, dtype=torch.bool)
             if name in dora and not keep.any():
                 keep[0] = True
-            pairs[name] = A[keep], _scaled(B, gate * scaling, 1)[:, keep]
-    return pairs
+            scaled = _scaled(B, gate * scaling, 1)
+            means[name] = MeanModule(A[keep], scaled[:, keep], bias)
+        for name, layer in space.constants.items():
+            sides: Any = layer.lora_A[space.adapter], layer.lora_B[space.adapter]
+            A, B = (side.weight for side in sides)
+            bias = _mean_bias(layer, space.adapter, A.new_ones(1))
+            means[name] = MeanModule(A[:0], B[:, :0], bias)
+    return means
+
+
+def _is_nothing(mean: MeanModule) -> bool:
+    return len(mean.lora_A) == 0 and (mean.bias is None or not mean.bias.any())
+
+
+def _mean_bias(layer: LoraLayer, adapter: str, gate: Tensor) -> Tensor | None:
+    """``scaling (bias + B diag(1 - z) c)``: what a layer adds to any input."""
+    lora_B: Any = layer.lora_B[adapter]
+    if lora_B.bias is None:
+        return None
+    bias: Tensor = lora_B.bias
+    if hasattr(lora_B, "centre"):
+        bias = bias + constant(lora_B, 1 - gate)
+    scaled: Tensor = bias * layer.scaling[adapter]
+    return scaled
 
 
 def merge(model: RankModel, guide: Guide) -> Any:
@@ -166,10 +206,12 @@ def merge(model: RankModel, guide: Guide) -> Any:
             f'{type(net.get_base_model()).__name__}; use mode="pruned"'
         )
     twin = copy.deepcopy(net)
-    for name, (A, B) in mean_pairs(model, guide, drop=False).items():
+    for name, mean in mean_modules(model, guide, drop=False).items():
         layer: Any = twin.get_submodule(PREFIX + name)
-        layer.lora_A[adapter].weight.data = A.detach()
-        layer.lora_B[adapter].weight.data = B.detach()
+        layer.lora_A[adapter].weight.data = mean.lora_A.detach()
+        layer.lora_B[adapter].weight.data = mean.lora_B.detach()
+        if mean.bias is not None:
+            layer.lora_B[adapter].bias.data = mean.bias.detach()
         layer.scaling[adapter] = 1.0
     return twin.merge_and_unload(adapter_names=[adapter])
 
@@ -211,9 +253,11 @@ def _scaled(weight: Tensor, factors: Tensor, dim: int) -> Tensor:
     return (weight * factors.to(weight.device).view(shape)).to(weight.dtype)
 
 
-def _padded(name: str, pair: Pair, rank: int) -> Pair:
-    A, B = pair
-    if B.shape[1] != len(A) and len(A) != rank:
+def _padded(name: str, mean: MeanModule, rank: int) -> MeanModule:
+    A, B, bias = mean
+    if len(A) == rank:
+        return mean
+    if B.shape[1] != len(A):
         raise TypeError(
             f"{name!r} is a grouped convolution, whose ranks are tied to its groups, "
             f'so that zeros cannot fill it up to rank {rank}; use mode="pruned"'
@@ -221,7 +265,7 @@ def _padded(name: str, pair: Pair, rank: int) -> Pair:
     missing = rank - len(A)
     rows = A.new_zeros(missing, *A.shape[1:])
     columns = B.new_zeros(len(B), missing, *B.shape[2:])
-    return torch.cat([A, rows]), torch.cat([B, columns], 1) if missing else B
+    return MeanModule(torch.cat([A, rows]), torch.cat([B, columns], 1), bias)
 
 
 def _compare(

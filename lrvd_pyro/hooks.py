@@ -99,7 +99,10 @@ def in_backward() -> bool:
 
 
 class GateHook:
-    """Pre-hook on ``lora_B``: rank activations ``h`` (``..., r``) become ``h * z``."""
+    """Pre-hook on ``lora_B``: rank activations ``h`` (``..., r``) become ``h * z``.
+
+    Where ``lora_B`` has a centre c they become ``c + z (h - c)``.
+    """
 
     def __init__(self, bank: Bank, index: int) -> None:
         self.bank, self.index, self.fired = bank, index, False
@@ -113,6 +116,7 @@ class GateHook:
             return None
         h = args[0]
         gate = gate.to(h)
+        centre = getattr(module, "centre", None)
         trailing = len(getattr(module, "kernel_size", ()))
         middle = h.dim() - 2 - trailing
         if gate.dim() == 2:
@@ -120,7 +124,10 @@ class GateHook:
             gate = gate.view(len(gate), *[1] * middle, gate.shape[1], *[1] * trailing)
         else:
             gate = gate.view(-1, *[1] * trailing)
-        return (h * gate, *args[1:])
+        if centre is None:
+            return (h * gate, *args[1:])
+        centre = centre.to(h).view(-1, *[1] * trailing)
+        return (torch.lerp(centre, h, gate), *args[1:])
 
 
 class WeightHook:

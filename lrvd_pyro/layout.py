@@ -1,6 +1,6 @@
 """The tensors of a model and its guide by name, and whether saved ones fit them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +55,18 @@ def stored_tensors(model: RankModel, guide: Any) -> dict[str, Tensor]:
     return tensors
 
 
-def layout_of(tensors: Mapping[str, Tensor], cuts: Cuts) -> Layout:
-    """Data type, shape after the cuts, and whether it trains, of each tensor."""
+def layout_of(
+    tensors: Mapping[str, Tensor], cuts: Cuts, freezing: Collection[Tensor] = ()
+) -> Layout:
+    """Data type, shape after the cuts, and whether it trains then, of each tensor."""
     layout: Layout = {}
     for name, tensor in tensors.items():
         shape = list(tensor.shape)
         if tensor in cuts:
             dim, index = cuts[tensor]
             shape[dim] = len(index)
-        layout[name] = str(tensor.dtype), tuple(shape), tensor.requires_grad
+        trains = tensor.requires_grad and tensor not in freezing
+        layout[name] = str(tensor.dtype), tuple(shape), trains
     return layout
 
 
@@ -107,16 +110,20 @@ def check_layout(
     """
     cuts: Cuts = {}
     leaving: set[Tensor] = set()
+    freezing: set[Tensor] = set()
     if not keep.all():
         space = model.space
         check_pair(model, guide)
         cuts = space.cuts(keep) | guide.cuts(keep) | prior_cuts(model, keep)
         for layer, kept in zip(space.layers, space.split(keep).values()):
+            stays = layer.lora_bias.get(space.adapter)
             for side in (layer.lora_A, layer.lora_B):
                 if not kept.any():
-                    leaving.update(side[space.adapter].parameters())
+                    leaving.update(side[space.adapter].buffers())
+                    own = side[space.adapter].parameters()
+                    (freezing if stays else leaving).update(own)
     staying = {name: t for name, t in present.items() if t not in leaving}
-    here = layout_of(staying, cuts)
+    here = layout_of(staying, cuts, freezing)
     if names := [n for n in saved | here if here.get(n) != saved.get(n)]:
         found = (f"{n} {saved.get(n)}, here {here.get(n)}" for n in names)
         raise ValueError(

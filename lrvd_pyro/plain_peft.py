@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.surgery import hold_constant
 
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -88,6 +89,8 @@ def adapted(
     """The network with a new adapter as saved; without, should the block fail."""
     ranks = dict(zip(config["modules"], config["ranks"], strict=True))
     scalings = dict(zip(config["modules"], config["scalings"], strict=True))
+    ranks |= dict.fromkeys(config["constants"], 1)
+    scalings |= config["constants"]
     power = 0.5 if config["use_rslora"] else 1.0
     alphas = {name: _whole(scalings[name] * r**power) for name, r in ranks.items()}
     lora = lora_config(stored, ranks, alphas, module_names(net))
@@ -99,6 +102,8 @@ def adapted(
         for name, scaling in scalings.items():
             layer: Any = peft_net.get_submodule(PREFIX + name)
             layer.scaling[config["adapter"]] = scaling
+            if name in config["constants"]:
+                hold_constant(layer, config["adapter"])
         yield peft_net
     except BaseException:
         peft_net.unload()

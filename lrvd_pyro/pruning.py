@@ -113,7 +113,8 @@ def select(
     Rows of A, columns of B, the guide's entries, parameters and buffers of the prior
     with one entry per component, and the optimiser's moments are sliced in place, so
     that whoever trains them goes on. Logits change as by setting those gates to 0.
-    Modules without rank leave the adapter, the optimiser and Pyro's store.
+    Modules without rank leave the adapter, the optimiser and Pyro's store; of gates
+    about a centre (`RankSpace.centre_at`) a constant bias stays.
 
     Call it between steps: a loss computed before cannot go backward after it.
 
@@ -137,11 +138,11 @@ def select(
     if keep.all():
         return
     _check_prior(model, guide, keep, ours)
-    trained: set[Tensor] = set(model.base_net.parameters())
+    trained = _trained(model)
     guide.select(keep)
     slice_tensors(ours)
     model.space.select(keep)
-    gone = trained - set(model.base_net.parameters())
+    gone = trained - _trained(model)
     if optimizer is None:
         watch_for_stale_state()
     else:
@@ -255,6 +256,10 @@ def prior_cuts(model: RankModel, keep: Tensor) -> Cuts:
         for name, tensor in tensors
         if tensor.dim() > 0
     }
+
+
+def _trained(model: RankModel) -> set[Tensor]:
+    return {p for p in model.base_net.parameters() if p.requires_grad}
 
 
 def _check_prior(

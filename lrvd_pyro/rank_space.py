@@ -16,6 +16,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from lrvd_pyro.centres import drop_centres, leave_centres, set_centres
 from lrvd_pyro.groups import Coordinates, Groups, Level
 from lrvd_pyro.hooks import (
     Bank,
@@ -52,6 +53,7 @@ class RankSpace:
         ranks: Their ranks, in the same order.
         size: The sum of the ranks.
         origin: For each rank component its number before any `select`.
+        constants: LoRA modules without rank, of which a bias is left, by name.
 
     Raises:
         TypeError: If ``net`` is no PEFT model, or a layer kind cannot be gated.
@@ -68,7 +70,9 @@ class RankSpace:
     ) -> None:
         self.net = net
         self.adapter = pick_adapter(net, adapter)
-        layers = find_layers(net, self.adapter, linear=bool(sides))
+        found = find_layers(net, self.adapter, linear=bool(sides))
+        layers = {name: m for name, m in found.items() if m.r[self.adapter]}
+        self.constants = {name: m for name, m in found.items() if name not in layers}
         self.modules = tuple(layers)
         self.layers: tuple[LoraLayer, ...] = tuple(layers.values())
         self.ranks = tuple(layer.r[self.adapter] for layer in self.layers)
@@ -155,6 +159,8 @@ class RankSpace:
     def bind(self, gate: Tensor) -> Iterator[None]:
         """Multiply the rank activations by ``gate`` within the block.
 
+        About a centre, see `centre_at`, they are pulled towards it instead.
+
         Args:
             gate: ``R``, shared by the batch, or ``B x R``, one row per example. If a
                 layer sees ``k B`` rows, consecutive ``k`` rows share an example.
@@ -200,6 +206,41 @@ class RankSpace:
         with self._holding(parts):
             yield
 
+    @property
+    def centre(self) -> Tensor | None:
+        """What `centre_at` set, (R,), moved and cut along with the components."""
+        parts: list[Any] = [layer.lora_B[self.adapter] for layer in self.layers]
+        known = [part.centre for part in parts if hasattr(part, "centre")]
+        return torch.cat(known) if known else None
+
+    def centre_at(self, centre: Tensor | None) -> None:
+        """Let gates act about a point: ``c + z (h - c)`` in place of ``z h``.
+
+        Nothing changes at gates of 1. At 0 a component is held at its centre, so that
+        what `select` removes leaves ``scaling * b_i c_i`` behind, in the bias that PEFT
+        calls ``lora_bias``: of every module, from now on, frozen and at first 0. With c
+        the mean of the rank activations only what they do beyond it is random, and
+        selected.
+
+        Args:
+            centre: (R,); None for 0, which leaves nothing behind.
+
+        Raises:
+            ValueError: If it is not finite or of another shape, or a layer is DoRA.
+        """
+        if centre is None:
+            drop_centres(self.layers, self.adapter)
+            return
+        if centre.shape != (self.size,) or not centre.isfinite().all() or self.dora:
+            raise ValueError(
+                f"centre has shape {tuple(centre.shape)} and {len(self.dora)} layers "
+                f"are DoRA; expected ({self.size},), finite, and none, since PEFT has "
+                f"no bias in DoRA: torch.cat(list(gramians(...).means.values()))"
+            )
+        config: Any = self.net.peft_config[self.adapter]
+        config.lora_bias = True
+        set_centres(self.layers, self.adapter, self.split(centre).values())
+
     def checkpoint_context(self) -> Contexts:
         """The ``context_fn`` for one's own ``torch.utils.checkpoint`` calls."""
         return self.bank.checkpoint_context()
@@ -216,8 +257,9 @@ class RankSpace:
     def select(self, keep: Tensor) -> None:
         """Remove the rank components where ``keep`` (R,) is False, in place.
 
-        Modules, parameters and scalings stay what they are; a LoRA module without rank
-        leaves the network's adapter and this space. The others are numbered anew.
+        Modules, parameters and scalings stay what they are. A LoRA module without rank
+        leaves this space, and the network's adapter unless it has a bias. The others
+        are numbered anew. What is removed counts as 0, or as its centre.
         Guide, prior and optimiser know nothing of it: `lrvd_pyro.pruning.select` does
         it for all of them.
 
@@ -228,7 +270,8 @@ class RankSpace:
             RuntimeError: If the adapter is merged, disabled, inactive or deleted.
         """
         cuts = self.cuts(keep)
-        slice_tensors({w: cut for w, cut in cuts.items() if len(cut[1])})
+        leave_centres(self.layers, self.adapter, self.split(keep).values())
+        slice_tensors(cuts)
         ranks = [int(kept.sum()) for kept in self.split(keep).values()]
         numbers = {i: new for new, i in enumerate(i for i, r in enumerate(ranks) if r)}
         for hooks, key, hook in own_hooks(self._hooked, self.bank):
@@ -238,6 +281,11 @@ class RankSpace:
                 del hooks[key]
         for layer, rank in zip(self.layers, ranks):
             resize_layer(layer, self.adapter, rank)
+        self.constants |= {
+            name: layer
+            for name, layer, rank in zip(self.modules, self.layers, ranks)
+            if not rank and self.adapter in layer.r
+        }
         self._gates = [self._gates[i] for i in numbers]
         self._hooked = [
             m for m in self._hooked if m._forward_pre_hooks | m._forward_hooks

@@ -52,9 +52,9 @@ from lrvd_pyro.pruning import check_pair
 
 FORMAT = 1
 CONFIG, POSTERIOR = "lrvd_config.json", "lrvd_posterior.safetensors"
-KEYS = {"adapter", "base", "frozen", "guide", "likelihood", "model", "modules"}
-KEYS |= {"num_data", "origin", "prior", "ranks", "scalings", "sides", "use_rslora"}
-KEYS |= {"versions", "weight_prior"}
+KEYS = {"adapter", "base", "centred", "constants", "frozen", "guide", "likelihood"}
+KEYS |= {"model", "modules", "num_data", "origin", "prior", "ranks", "scalings"}
+KEYS |= {"sides", "use_rslora", "versions", "weight_prior"}
 
 Tensors = dict[str, Tensor]
 Parts = dict[str, Tensors]
@@ -168,6 +168,8 @@ def load(
             peft_net, num_data=config["num_data"], adapter=config["adapter"], **given
         )
         model.space.origin = tuple(config["origin"])
+        if config["centred"]:
+            model.space.centre_at(torch.zeros_like(model.space.ones()))
         loaded = build_guide(folder, config, guide, model)
         _restore(folder, _parts(model, loaded), saved, set(config["frozen"]))
     return model, loaded
@@ -197,6 +199,8 @@ def _config(model: RankModel, guide: nn.Module, parts: Parts) -> dict[str, Any]:
         "modules": space.modules,
         "ranks": space.ranks,
         "scalings": [layer.scaling[space.adapter] for layer in space.layers],
+        "centred": space.centre is not None,
+        "constants": {n: m.scaling[space.adapter] for n, m in space.constants.items()},
         "use_rslora": live_config(model).use_rslora,
         "origin": space.origin,
         "frozen": [name for name, t in tensors if _is_frozen(t)],

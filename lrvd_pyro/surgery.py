@@ -52,6 +52,9 @@ def check_mask(keep: Tensor, size: int) -> None:
 def layer_cuts(name: str, layer: LoraLayer, adapter: str, keep: Tensor) -> Cuts:
     """What goes from ``lora_A`` and ``lora_B`` when ``keep`` (r,) stays.
 
+    One component stays in any case where a bias needs a layer to live in; no kind of
+    layer computes without one, and PEFT knows no rank 0.
+
     Raises:
         TypeError: If the columns of ``lora_B`` are no rank components.
         ValueError: If a DoRA layer would be left without rank.
@@ -69,17 +72,25 @@ def layer_cuts(name: str, layer: LoraLayer, adapter: str, keep: Tensor) -> Cuts:
             f"no rank of the DoRA layer {name!r} would stay, but its magnitude is no "
             f"part of any rank; keep one of them: prune(..., min_rank=1)"
         )
+    if len(index) == 0 and layer.lora_bias.get(adapter):
+        index = torch.zeros(1, dtype=torch.long)
     lora_A: Any = layer.lora_A[adapter]
     lora_B: Any = layer.lora_B[adapter]
-    return {lora_A.weight: (0, index), lora_B.weight: (1, index)}
+    cuts: Cuts = {lora_A.weight: (0, index), lora_B.weight: (1, index)}
+    if hasattr(lora_B, "centre"):
+        cuts[lora_B.centre] = (0, index)
+    return cuts
 
 
 def resize_layer(layer: LoraLayer, adapter: str, rank: int) -> None:
     """Let a layer's attributes say that its weights have this rank now.
 
-    At rank 0 the adapter leaves the layer. The scaling stays as it is, which is then no
-    longer ``lora_alpha / r``.
+    At rank 0 the adapter leaves the layer, unless it has a bias: see `hold_constant`.
+    The scaling stays as it is, which is then no longer ``lora_alpha / r``.
     """
+    if rank == 0 and layer.lora_bias.get(adapter):
+        hold_constant(layer, adapter)
+        return
     if rank == 0:
         # PEFT would activate another adapter in this layer alone, with a warning.
         active = layer.active_adapters
@@ -91,6 +102,16 @@ def resize_layer(layer: LoraLayer, adapter: str, rank: int) -> None:
     for module, side in ((layer.lora_A, "out"), (layer.lora_B, "in")):
         kind = "channels" if hasattr(module[adapter], "kernel_size") else "features"
         setattr(module[adapter], f"{side}_{kind}", rank)
+
+
+def hold_constant(layer: LoraLayer, adapter: str) -> None:
+    """Let a bias alone be left of a layer of rank 1: frozen, its A and B zeros, r 0."""
+    sides: Any = layer.lora_A[adapter], layer.lora_B[adapter]
+    for module in sides:
+        module.requires_grad_(False)
+        module.weight.zero_()
+        module._buffers.pop("centre", None)
+    layer.r[adapter] = 0
 
 
 def indices_kept(space: "RankSpace", keep: Tensor, name: str, size: int) -> Tensor:

@@ -155,7 +155,7 @@ def test_the_gauge_benchmark_compares_orders_and_posteriors(
     benchmark.main([*arguments, "--out", str(out)])
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     orders = [line for line in lines if line["table"] == "order"]
-    assert [line["k"] for line in orders] == [96] + 7 * [12]
+    assert [line["k"] for line in orders] == [96] + 10 * [12]
     energy = {}
     for line in lines:
         if line["table"] == "energy":

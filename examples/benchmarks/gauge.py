@@ -8,7 +8,11 @@ the order of
 - log alpha in the balanced gauge, and in the gauge that training left;
 - the Fisher information over random subsets, in the balanced gauge;
 - t, the balanced singular values;
-- the singular values of each module's update dW, in its basis;
+- log alpha, and the Fisher information over random subsets, in the balanced gauge of
+  covariances, gates acting about their means ("centred"): ranks left out leave their
+  mean as a bias;
+- the singular values of each module's update dW, in its basis; and the same ranks with
+  the means of the others left as a bias ("means kept");
 - the norms |b_i||a_i| of plain LoRA;
 - chance.
 
@@ -72,7 +76,8 @@ def run(task: Task, tables: list[str], names: list[str]) -> Iterator[Line]:
             for name, worth, moments in orders(model, batches):
                 line = {"order": name}
                 yield from sweep(task, model, worth, line)
-                yield from energies(model, worth, moments, line)
+                if moments is not None:
+                    yield from energies(model, worth, moments, line)
     if "posterior" in tables:
         yield from posteriors(task, net, batches, epoch, names)
     model.release()
@@ -82,7 +87,8 @@ def orders(model: GateLoRA, batches: list[Any]) -> Iterator[tuple[str, Tensor, A
     """In each order its name, the worth of each component, and the moments.
 
     The network is then in the gauge that belongs to the order. Alpha falls where the
-    exact Fisher information of the gates rises.
+    exact Fisher information of the gates rises. Where means are left as a bias, dW
+    alone has lost more energy than the network, and there are no moments.
     """
     trained = gramians(model, batches, generator=labels_of(0))
     yield "trained gauge", trained.gate_fisher, trained
@@ -98,8 +104,20 @@ def orders(model: GateLoRA, batches: list[Any]) -> Iterator[tuple[str, Tensor, A
         yield "balanced, over subsets", some.gate_fisher, balanced
         sizes = torch.cat(list(hankel_values(trained).values()))
         yield "balanced, by t", sizes, balanced
+    with restored(model.base_net):
+        model.space.centre_at(torch.cat([*trained.means.values()]))
+        balance(model.base_net, trained.centred())
+        centred = gramians(model, batches, generator=labels_of(1))
+        yield "centred", centred.gate_fisher, None
+        some = gramians(model, batches, gates="subsets", generator=labels_of(3))
+        yield "centred, over subsets", some.gate_fisher, None
+        model.space.centre_at(None)
     sizes = to_singular_vectors(model)
-    yield "SVD of dW", sizes, gramians(model, batches, generator=labels_of(1))
+    found = gramians(model, batches, generator=labels_of(1))
+    yield "SVD of dW", sizes, found
+    model.space.centre_at(torch.cat([*found.means.values()]))
+    yield "SVD of dW, means kept", sizes, None
+    model.space.centre_at(None)
 
 
 @torch.no_grad()

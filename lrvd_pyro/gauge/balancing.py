@@ -120,6 +120,7 @@ def rebalance(
             _mix_rows(value, _power(backward.T, key))
         for key, value in states.get(b, {}).items():
             _mix_columns(value, _power(forward.T, key))
+    _move_centre(space, changes)
     return changes
 
 
@@ -146,6 +147,14 @@ def _change(activations: Tensor, scores: Tensor, lora_A: Tensor, dead: float) ->
     largest = rows.gather(1, rows.abs().argmax(1, keepdim=True)).squeeze(1)
     size = size * torch.where(largest < 0, -1.0, 1.0)
     return Change(size[:, None] * whiten, unwhiten / size)
+
+
+def _move_centre(space: RankSpace, changes: dict[str, Change]) -> None:
+    """Gates go on acting about the same points, in the new basis."""
+    if space.centre is not None:
+        parts = space.split(space.centre.double().cpu())
+        parts |= {name: changes[name].forward @ parts[name] for name in changes}
+        space.centre_at(torch.cat([*parts.values()]))
 
 
 def _mix_rows(tensor: Tensor, matrix: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import pyro
@@ -36,11 +36,23 @@ class Gramians:
         gate_fisher: ``F_i = sum_n (sum_t h_ti g_ti)^2``, the exact diagonal Fisher
             information of the gates in the present gauge, (R,), per data set; empty
             where nobody took it (`BalanceSchedule`).
+        means: For each module the mean of h over the same tokens, r.
     """
 
     activations: dict[str, Tensor]
     scores: dict[str, Tensor]
     gate_fisher: Tensor = field(default_factory=lambda: torch.empty(0))
+    means: dict[str, Tensor] = field(default_factory=dict)
+
+    def centred(self) -> "Gramians":
+        """The same with covariances ``G - mean h mean h^T`` for the activations."""
+        return replace(
+            self,
+            activations={
+                name: gram - torch.outer(self.means[name], self.means[name])
+                for name, gram in self.activations.items()
+            },
+        )
 
 
 def gramians(
@@ -116,6 +128,7 @@ def gramians(
         activations=dict(zip(modules, sums.mean_activations(), strict=True)),
         scores={m: whole * s for m, s in zip(modules, sums.scores, strict=True)},
         gate_fisher=whole * fisher,
+        means=dict(zip(modules, sums.means(), strict=True)),
     )
 
 
@@ -126,6 +139,7 @@ class Sums:
         self.ranks = tuple(ranks)
         self.activations = [torch.zeros(r, r, dtype=torch.float64) for r in ranks]
         self.scores = [torch.zeros_like(gram) for gram in self.activations]
+        self.totals = [gram.new_zeros(len(gram)) for gram in self.activations]
         self.tokens = [0.0] * len(ranks)
 
     def add(self, index: int, h: Tensor, g: Tensor) -> None:
@@ -144,13 +158,21 @@ class Sums:
                 f"number {index}; {OVERFLOW}"
             )
         self.activations[index] += gram_h.cpu()
+        self.totals[index] += h.sum(0).cpu()
         self.scores[index] += gram_g.cpu()
         self.tokens[index] += float(live.sum())
 
     def mean_activations(self) -> list[Tensor]:
         """The mean of ``h h^T`` over the tokens counted."""
-        pairs = zip(self.activations, self.tokens, strict=True)
-        return [gram / max(tokens, 1) for gram, tokens in pairs]
+        return self._averages(self.activations)
+
+    def means(self) -> list[Tensor]:
+        """The mean of h over the tokens counted."""
+        return self._averages(self.totals)
+
+    def _averages(self, sums: list[Tensor]) -> list[Tensor]:
+        pairs = zip(sums, self.tokens, strict=True)
+        return [each / max(tokens, 1) for each, tokens in pairs]
 
 
 @contextmanager

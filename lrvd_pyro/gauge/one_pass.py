@@ -27,6 +27,7 @@ def bayesianize(
     adapter: str | None = None,
     prior: Prior | None = None,
     balance: bool = True,
+    centred: bool = False,
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> tuple[GateLoRA, RankDiagonal]:
@@ -46,6 +47,8 @@ def bayesianize(
         adapter: The adapter's name; None takes the single active one.
         prior: LogUniform (None), Normal or ARD.
         balance: False leaves the gauge as training left it, for one pass less.
+        centred: Let gates act about the mean of their rank's activations. What `prune`
+            removes then leaves its mean behind, in a bias (`RankSpace.centre_at`).
         generator: Of the sampled labels.
         progress: Show a bar for each pass.
 
@@ -76,8 +79,11 @@ def bayesianize(
     options: dict[str, Any] = {"generator": generator, "progress": progress}
     try:
         found = gramians(model, batches, **options)
+        model.space.centre_at(torch.cat([*found.means.values()]) if centred else None)
         if balance:
-            rebalance(model.space, found, None, "kept")
+            moments = found.centred() if centred else found
+            rebalance(model.space, moments, None, "kept")
+        if balance or centred:
             found = gramians(model, batches, **options)
     except BaseException:
         model.space.close()

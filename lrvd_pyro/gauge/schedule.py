@@ -95,9 +95,9 @@ class BalanceSchedule:
         changes = None
         self._forget_if_pruned()
         if self.steps % self.every == 0 and self._examples:
-            changes = rebalance(
-                self.model.space, self.found(), self.optimizer, lengths="kept"
-            )
+            space, found = self.model.space, self.found()
+            moments = found if space.centre is None else found.centred()
+            changes = rebalance(space, moments, self.optimizer, lengths="kept")
             self._deal_noise(changes)
             self._forget()
         self._listen()
@@ -109,8 +109,9 @@ class BalanceSchedule:
         whole = self.model.num_data / max(self._examples, 1)
         scores = [whole * gram for gram in self._sums.scores]
         return Gramians(
-            dict(zip(modules, self._sums.mean_activations(), strict=True)),
-            dict(zip(modules, scores, strict=True)),
+            activations=dict(zip(modules, self._sums.mean_activations(), strict=True)),
+            scores=dict(zip(modules, scores, strict=True)),
+            means=dict(zip(modules, self._sums.means(), strict=True)),
         )
 
     def close(self) -> None:
@@ -127,6 +128,7 @@ class BalanceSchedule:
             "ranks": list(sums.ranks),
             "tokens": sums.tokens,
             "activations": [gram.tolist() for gram in sums.activations],
+            "totals": [total.tolist() for total in sums.totals],
             "scores": [gram.tolist() for gram in sums.scores],
         }
 
@@ -145,7 +147,7 @@ class BalanceSchedule:
         self._forget()
         self.steps, self._examples = state["steps"], state["examples"]
         self._sums.tokens = list(state["tokens"])
-        for kind in ("activations", "scores"):
+        for kind in ("activations", "totals", "scores"):
             grams = [torch.tensor(g, dtype=torch.float64) for g in state[kind]]
             setattr(self._sums, kind, grams)
         self._listen()

@@ -1,0 +1,297 @@
+"""Gates about a centre: what they do to a layer, and what removed ranks leave."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import nets
+import pytest
+import torch
+from gauges import found, mix, rows, seeded, weights
+from nets import bert, perceptron, regression, tokens
+from peft import PeftModel
+from pruned import outputs, some
+from pyro.infer import SVI
+from stored import fresh, learned, mean_logits, plain_logits, same_predictions
+from torch import Tensor
+
+import lrvd_pyro as lrvd
+from lrvd_pyro.gauge import BalanceSchedule, balance, bayesianize, hankel_values
+from lrvd_pyro.guides import RankDiagonal
+from lrvd_pyro.likelihoods import Categorical
+from lrvd_pyro.models import GateLoRA
+from lrvd_pyro.pruning import select
+
+exactly = partial(torch.testing.assert_close, rtol=0, atol=1e-12)
+NETS: dict[str, Callable[[], tuple[PeftModel, dict[str, Tensor]]]] = {
+    "bert": lambda: (bert(), tokens(4, labels=False)),
+    "gpt2": lambda: (nets.gpt2(), tokens(4, labels=False)),
+    "rslora, own bias": lambda: (own_bias(), tokens(4, labels=False)),
+    "ragged": lambda: (perceptron(**nets.RAGGED), rows(4, 5)),
+    "convolutions": lambda: (nets.conv(), {"x": torch.randn(4, 3, 6, 6)}),
+}
+
+
+def own_bias() -> PeftModel:
+    """A network that was trained with PEFT's ``lora_bias``."""
+    net = bert(use_rslora=True, lora_bias=True)
+    for name, parameter in net.named_parameters():
+        if name.endswith("lora_B.default.bias"):
+            torch.nn.init.normal_(parameter)
+    return net
+
+
+def centred(net: PeftModel) -> tuple[GateLoRA, Tensor]:
+    model = GateLoRA(net, num_data=60)
+    centre = torch.randn(model.space.size)
+    model.space.centre_at(centre)
+    return model, centre
+
+
+def test_a_gate_pulls_its_rank_towards_the_centre() -> None:
+    """Against the formula, one gate per example."""
+    net, x = regression(features=5, r=3), torch.randn(4, 5)
+    model, centre = centred(net)
+    gate = torch.randn(4, 3)
+    with torch.no_grad():
+        base = net.get_base_model().linear.base_layer(x)
+        ((a, b),) = weights(net)
+        expected = base + (centre + gate * (x @ a.T - centre)) @ b.T
+        exactly(outputs(model, gate, {"x": x}), expected)
+        assert (expected - base - (gate * (x @ a.T)) @ b.T).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", NETS)
+def test_at_gates_of_one_the_network_is_what_it_was(kind: str) -> None:
+    net, inputs = NETS[kind]()
+    before = outputs(model := GateLoRA(net, num_data=60), model.space.ones(), inputs)
+    model.space.centre_at(torch.randn(model.space.size))
+    assert torch.equal(outputs(model, model.space.ones(), inputs), before)
+    after = outputs(model, 0.5 * model.space.ones(), inputs)
+    model.space.centre_at(None)
+    assert model.space.centre is None
+    assert not torch.equal(outputs(model, 0.5 * model.space.ones(), inputs), after)
+
+
+@pytest.mark.parametrize("kind", NETS)
+def test_what_is_removed_stays_at_its_centre(kind: str) -> None:
+    net, inputs = NETS[kind]()
+    model, centre = centred(net)
+    guide, keep = RankDiagonal(model), some(model.space)
+    at_zero = outputs(model, keep.to(centre), inputs)
+    without = GateLoRA(copy.deepcopy(net), num_data=60)
+    without.space.centre_at(None)
+    assert (outputs(without, keep.to(centre), inputs) - at_zero).abs().max() > 1e-5
+    gone, modules = model.space.modules[0], len(model.space.modules)
+    select(model, guide, keep)
+    exactly(outputs(model, model.space.ones(), inputs), at_zero)
+    assert model.space.centre is not None
+    exactly(model.space.centre, centre[keep])
+    assert list(model.space.constants) == [gone]
+    select(model, guide, torch.arange(model.space.size) == 0)
+    assert len(model.space.constants) == modules - 1
+
+
+def test_what_is_left_behind_does_not_train_and_costs_no_backward_pass() -> None:
+    net = bert()
+    model, centre = centred(net)
+    guide = RankDiagonal(model)
+    svi = SVI(model, guide, lrvd.optim.AdamW(lr=1e-2), loss=lrvd.RankELBO())
+    svi.step(**tokens())
+    layer = torch.tensor(model.space.coordinates["layer"])
+    select(model, guide, layer == 1, svi.optim)
+    constants = list(model.space.constants.values())
+    assert len(constants) == 2
+    kept = [m.lora_B["default"].bias.clone() for m in constants]  # type: ignore[union-attr,operator]
+    hidden: list[Tensor] = []
+    encoder = net.get_base_model().bert.encoder
+    encoder.layer[0].register_forward_hook(lambda m, a, y: hidden.append(y))
+    svi.step(**tokens())
+    assert not any(p.requires_grad for m in constants for p in m.parameters())
+    assert not getattr(hidden[0], "requires_grad", hidden[0][0].requires_grad)
+    for module, bias in zip(constants, kept):
+        assert torch.equal(module.lora_B["default"].bias, bias) and bias.any()  # type: ignore[arg-type]
+
+
+MODES: list[Any] = ["pruned", "padded", "merged"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "rslora, own bias"])
+def test_plain_peft_gives_the_logits_of_the_mean(
+    kind: str, mode: Any, tmp_path: Path
+) -> None:
+    """Means that are not 1, some 0, and a module of which a bias alone is left."""
+    net, inputs = NETS[kind]()
+    model, _ = centred(net)
+    guide = learned(model)
+    select(model, guide, some(model.space))
+    path = lrvd.export_peft(tmp_path / "out", model, guide, mode=mode, probe=inputs)
+    if mode != "merged":
+        mean = mean_logits(model, guide, inputs)
+        exactly(plain_logits(fresh(net), path, inputs), mean)
+
+
+@pytest.mark.parametrize("kind", ["bert", "rslora, own bias", "ragged", "convolutions"])
+def test_a_centred_posterior_comes_back_bit_for_bit(kind: str, tmp_path: Path) -> None:
+    net, inputs = NETS[kind]()
+    model, _ = centred(net)
+    guide = learned(model)
+    select(model, guide, some(model.space))
+    path = lrvd.save(tmp_path / "run", model, guide)
+    pair = lrvd.load(path, fresh(net))
+    same_predictions((model, guide), pair, inputs)
+    assert list(pair[0].space.constants) == list(model.space.constants)
+    mean = mean_logits(model, guide, inputs)
+    assert torch.equal(mean_logits(*pair, inputs), mean)
+    exactly(plain_logits(fresh(net), path, inputs), mean)
+
+
+def test_a_killed_run_goes_on_with_centres_and_biases(tmp_path: Path) -> None:
+    def begun() -> dict[str, Any]:
+        torch.manual_seed(0)
+        model, _ = centred(perceptron())
+        optim = lrvd.optim.AdamW(lr=1e-2)
+        parts = {"model": model, "guide": RankDiagonal(model), "optimizer": optim}
+        return {**parts, "elbo": lrvd.RankELBO()}
+
+    def step(run: dict[str, Any]) -> float:
+        pair = SVI(run["model"], run["guide"], run["optimizer"], loss=run["elbo"])
+        torch.manual_seed(1)
+        return float(pair.step(**rows(8, 5), labels=torch.arange(8) % 3))
+
+    run = begun()
+    step(run)
+    select(run["model"], run["guide"], some(run["model"].space), run["optimizer"])
+    path = tmp_path / "run.safetensors"
+    lrvd.checkpoint(path, **run)
+    expected = [step(run), step(run)]
+    again = begun()
+    again["model"].space.centre_at(torch.zeros(again["model"].space.size))
+    lrvd.resume(path, **again)
+    assert [step(again), step(again)] == expected
+
+
+def test_means_are_those_of_tokens_that_matter() -> None:
+    net, batch = bert(), tokens(6)
+    batch["attention_mask"][:3, 3:] = 0
+    moments = found(net, [batch])
+    hidden: list[Tensor] = []
+    layer = net.get_base_model().bert.encoder.layer[0].attention.self.query
+    layer.lora_A["default"].register_forward_hook(lambda m, a, h: hidden.append(h))
+    with torch.no_grad():
+        net(**batch)
+    name = "bert.encoder.layer.0.attention.self.query"
+    seen = hidden[0][batch["attention_mask"].bool()]
+    exactly(moments.means[name], seen.mean(0))
+    covariance = seen.T.cov(correction=0)
+    exactly(moments.centred().activations[name], covariance)
+    assert (moments.means[name] - hidden[0].mean((0, 1))).abs().max() > 1e-3
+
+
+def test_centred_hankel_values_are_the_same_from_any_gauge() -> None:
+    net, batch = bert(), tokens(12)
+    before = hankel_values(found(net, [batch]).centred())
+    mix(net, seed=1, condition=100.0)
+    after = hankel_values(found(net, [batch]).centred())
+    for name, t in before.items():
+        live = t > 1e-4 * t[0]
+        torch.testing.assert_close(after[name][live], t[live], rtol=1e-6, atol=0)
+
+
+def test_balancing_takes_the_centre_along() -> None:
+    """The means of the new components, as if they had been taken again."""
+    net, batch = bert(), tokens(12)
+    model = GateLoRA(net, num_data=60)
+    moments = found(net, [batch])
+    model.space.centre_at(torch.cat([*moments.means.values()]))
+    balance(net, moments.centred())
+    assert model.space.centre is not None
+    expected = torch.cat([*found(net, [batch]).means.values()])
+    torch.testing.assert_close(model.space.centre, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("about_the_mean", [True, False])
+def test_k_components_about_the_mean_are_the_best_affine_update_of_rank_k(
+    about_the_mean: bool,
+) -> None:
+    """On one linear layer of isotropic error: Eckart and Young, with an intercept.
+
+    Without the centre, the first component is spent on the mean.
+    """
+    net = regression(features=6, r=3, outputs=4)
+    x = torch.randn(500, 6) * torch.logspace(0, -1, 6) + 3.0
+    model = GateLoRA(net, num_data=500)
+    update = weights(net)[0][1] @ weights(net)[0][0]
+    target = (x @ update.T).detach()
+    values = torch.linalg.svdvals(target - target.mean(0))
+    moments = found(net, [{"x": x}])
+    for name in moments.scores:  # the exact one: all outputs weigh the same
+        b = weights(net)[0][1]
+        moments.scores[name] = b.T @ b
+    if about_the_mean:
+        model.space.centre_at(torch.cat([*moments.means.values()]))
+        moments = moments.centred()
+    balance(net, moments)
+    full = outputs(model, model.space.ones(), {"x": x})
+    for k in (1, 2):
+        gate = (torch.arange(3) < k).to(x)
+        lost = (outputs(model, gate, {"x": x}) - full).square().sum()
+        best = values[k:].square().sum()
+        assert bool(lost < (1 + 1e-6) * best) is about_the_mean
+
+
+def test_a_trained_lora_becomes_a_centred_posterior(tmp_path: Path) -> None:
+    net, batch = bert(), tokens(32)
+    inputs = {name: v for name, v in batch.items() if name != "labels"}
+    before = net.eval()(**batch).logits.detach()
+    model, guide = bayesianize(
+        net, [batch], likelihood=Categorical(), centred=True, generator=seeded()
+    )
+    with lrvd.posterior_mean(model, guide) as mean:
+        torch.testing.assert_close(mean(**batch).logits, before)
+    assert model.space.centre is not None
+    means = torch.cat([*found(net, [batch]).means.values()])
+    torch.testing.assert_close(model.space.centre, means, rtol=1e-6, atol=1e-8)
+    lrvd.prune(model, guide, log_alpha_threshold=float(guide.log_alpha.median()))
+    lrvd.export_peft(tmp_path / "small", model, guide, probe=inputs)
+    again, _ = bayesianize(net, [batch], likelihood=Categorical())
+    assert again.space.centre is None
+
+
+def test_rebalancing_in_training_goes_by_covariances_about_a_centre() -> None:
+    net, batch = bert(), tokens(32)
+    model, guide = bayesianize(net, [batch], likelihood=Categorical(), centred=True)
+    svi = SVI(model, guide, lrvd.optim.AdamW(lr=1e-3), loss=lrvd.RankELBO())
+    schedule = BalanceSchedule(model, guide, svi.optim, every=2, gather_every=1)
+    svi.step(**batch)
+    schedule.step()
+    svi.step(**batch)
+    moments, centre = schedule.found(), model.space.centre
+    saved = schedule.state_dict()
+    schedule.load_state_dict(saved)
+    for name, mean in schedule.found().means.items():
+        assert torch.equal(mean, moments.means[name])
+    assert centre is not None
+    parts = model.space.split(centre)
+    changes = schedule.step()
+    assert changes and model.space.centre is not None
+    moved = model.space.split(model.space.centre)
+    for name, change in changes.items():
+        exactly(moved[name], change.forward @ parts[name])
+        gram = change.forward @ moments.centred().activations[name] @ change.forward.T
+        sizes = gram.diagonal().sqrt()
+        assert (gram / torch.outer(sizes, sizes) - torch.eye(4)).abs().max() < 1e-6
+
+
+def test_a_centre_that_does_not_fit_is_refused() -> None:
+    space = lrvd.RankSpace(perceptron())
+    for wrong in (torch.zeros(3), torch.full((8,), torch.nan)):
+        with pytest.raises(ValueError, match=r"expected \(8,\), finite.*gramians"):
+            space.centre_at(wrong)
+    assert space.centre is None
+    dora = lrvd.RankSpace(bert(use_dora=True))
+    with pytest.raises(ValueError, match="4 layers are DoRA.*no bias in DoRA"):
+        dora.centre_at(torch.zeros(dora.size))
