@@ -87,7 +87,8 @@ def export_peft(
             alone does not make the network, or the probe's logits differ by more than
             1e-5 of the largest (2e-2 in half precision). Nothing is written then.
         TypeError: If a layer cannot be padded, or "merged" meets no Transformers net.
-        RuntimeError: If the adapter is merged, disabled, inactive or deleted.
+        RuntimeError: If the adapter is merged, disabled, inactive or deleted; or PEFT's
+            own, if "merged" meets a ``lora_bias`` and a base layer without bias.
     """
     if mode not in ("pruned", "padded", "merged"):
         raise ValueError(f'mode={mode!r}; expected "pruned", "padded" or "merged"')

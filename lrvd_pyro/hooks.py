@@ -116,7 +116,7 @@ class GateHook:
             return None
         h = args[0]
         gate = gate.to(h)
-        centre = getattr(module, "centre", None)
+        centre = module._buffers.get("centre")
         trailing = len(getattr(module, "kernel_size", ()))
         middle = h.dim() - 2 - trailing
         if gate.dim() == 2:

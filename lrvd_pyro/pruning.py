@@ -114,7 +114,7 @@ def select(
     with one entry per component, and the optimiser's moments are sliced in place, so
     that whoever trains them goes on. Logits change as by setting those gates to 0.
     Modules without rank leave the adapter, the optimiser and Pyro's store; of gates
-    about a centre (`RankSpace.centre_at`) a constant bias stays.
+    about a centre (`gauge.centre`) a constant bias stays.
 
     Call it between steps: a loss computed before cannot go backward after it.
 

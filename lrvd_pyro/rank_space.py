@@ -16,7 +16,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lrvd_pyro.centres import drop_centres, leave_centres, set_centres
+from lrvd_pyro.centres import leave_centres
 from lrvd_pyro.groups import Coordinates, Groups, Level
 from lrvd_pyro.hooks import (
     Bank,
@@ -159,7 +159,7 @@ class RankSpace:
     def bind(self, gate: Tensor) -> Iterator[None]:
         """Multiply the rank activations by ``gate`` within the block.
 
-        About a centre, see `centre_at`, they are pulled towards it instead.
+        Where they have a centre, see `gauge.centre`, they are pulled towards it.
 
         Args:
             gate: ``R``, shared by the batch, or ``B x R``, one row per example. If a
@@ -206,41 +206,6 @@ class RankSpace:
         with self._holding(parts):
             yield
 
-    @property
-    def centre(self) -> Tensor | None:
-        """What `centre_at` set, (R,), moved and cut along with the components."""
-        parts: list[Any] = [layer.lora_B[self.adapter] for layer in self.layers]
-        known = [part.centre for part in parts if hasattr(part, "centre")]
-        return torch.cat(known) if known else None
-
-    def centre_at(self, centre: Tensor | None) -> None:
-        """Let gates act about a point: ``c + z (h - c)`` in place of ``z h``.
-
-        Nothing changes at gates of 1. At 0 a component is held at its centre, so that
-        what `select` removes leaves ``scaling * b_i c_i`` behind, in the bias that PEFT
-        calls ``lora_bias``: of every module, from now on, frozen and at first 0. With c
-        the mean of the rank activations only what they do beyond it is random, and
-        selected.
-
-        Args:
-            centre: (R,); None for 0, which leaves nothing behind.
-
-        Raises:
-            ValueError: If it is not finite or of another shape, or a layer is DoRA.
-        """
-        if centre is None:
-            drop_centres(self.layers, self.adapter)
-            return
-        if centre.shape != (self.size,) or not centre.isfinite().all() or self.dora:
-            raise ValueError(
-                f"centre has shape {tuple(centre.shape)} and {len(self.dora)} layers "
-                f"are DoRA; expected ({self.size},), finite, and none, since PEFT has "
-                f"no bias in DoRA: torch.cat(list(gramians(...).means.values()))"
-            )
-        config: Any = self.net.peft_config[self.adapter]
-        config.lora_bias = True
-        set_centres(self.layers, self.adapter, self.split(centre).values())
-
     def checkpoint_context(self) -> Contexts:
         """The ``context_fn`` for one's own ``torch.utils.checkpoint`` calls."""
         return self.bank.checkpoint_context()
@@ -270,7 +235,7 @@ class RankSpace:
             RuntimeError: If the adapter is merged, disabled, inactive or deleted.
         """
         cuts = self.cuts(keep)
-        leave_centres(self.layers, self.adapter, self.split(keep).values())
+        leave_centres(self, keep)
         slice_tensors(cuts)
         ranks = [int(kept.sum()) for kept in self.split(keep).values()]
         numbers = {i: new for new, i in enumerate(i for i, r in enumerate(ranks) if r)}

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import lrvd_pyro
 from lrvd_pyro import guides, likelihoods, models, priors
 from lrvd_pyro.base_net import check_base, fingerprint
+from lrvd_pyro.centres import centre_at, centre_of
 from lrvd_pyro.describe import (
     build,
     build_guide,
@@ -169,7 +170,7 @@ def load(
         )
         model.space.origin = tuple(config["origin"])
         if config["centred"]:
-            model.space.centre_at(torch.zeros_like(model.space.ones()))
+            centre_at(model.space, torch.zeros(model.space.size))
         loaded = build_guide(folder, config, guide, model)
         _restore(folder, _parts(model, loaded), saved, set(config["frozen"]))
     return model, loaded
@@ -199,7 +200,7 @@ def _config(model: RankModel, guide: nn.Module, parts: Parts) -> dict[str, Any]:
         "modules": space.modules,
         "ranks": space.ranks,
         "scalings": [layer.scaling[space.adapter] for layer in space.layers],
-        "centred": space.centre is not None,
+        "centred": centre_of(space) is not None,
         "constants": {n: m.scaling[space.adapter] for n, m in space.constants.items()},
         "use_rslora": live_config(model).use_rslora,
         "origin": space.origin,

@@ -18,10 +18,18 @@ from stored import fresh, learned, mean_logits, plain_logits, same_predictions
 from torch import Tensor
 
 import lrvd_pyro as lrvd
-from lrvd_pyro.gauge import BalanceSchedule, balance, bayesianize, hankel_values
+from lrvd_pyro.centres import centre_at, centre_of
+from lrvd_pyro.gauge import (
+    BalanceSchedule,
+    Gramians,
+    balance,
+    bayesianize,
+    centre,
+    hankel_values,
+)
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.likelihoods import Categorical
-from lrvd_pyro.models import GateLoRA
+from lrvd_pyro.models import FactorLoRA, GateLoRA
 from lrvd_pyro.pruning import select
 
 exactly = partial(torch.testing.assert_close, rtol=0, atol=1e-12)
@@ -45,20 +53,26 @@ def own_bias() -> PeftModel:
 
 def centred(net: PeftModel) -> tuple[GateLoRA, Tensor]:
     model = GateLoRA(net, num_data=60)
-    centre = torch.randn(model.space.size)
-    model.space.centre_at(centre)
-    return model, centre
+    point = torch.randn(model.space.size)
+    centre_at(model.space, point)
+    return model, point
+
+
+def where(model: GateLoRA) -> Tensor:
+    found = centre_of(model.space)
+    assert found is not None
+    return found
 
 
 def test_a_gate_pulls_its_rank_towards_the_centre() -> None:
     """Against the formula, one gate per example."""
     net, x = regression(features=5, r=3), torch.randn(4, 5)
-    model, centre = centred(net)
+    model, point = centred(net)
     gate = torch.randn(4, 3)
     with torch.no_grad():
         base = net.get_base_model().linear.base_layer(x)
         ((a, b),) = weights(net)
-        expected = base + (centre + gate * (x @ a.T - centre)) @ b.T
+        expected = base + (point + gate * (x @ a.T - point)) @ b.T
         exactly(outputs(model, gate, {"x": x}), expected)
         assert (expected - base - (gate * (x @ a.T)) @ b.T).abs().max() > 0.1
 
@@ -67,28 +81,27 @@ def test_a_gate_pulls_its_rank_towards_the_centre() -> None:
 def test_at_gates_of_one_the_network_is_what_it_was(kind: str) -> None:
     net, inputs = NETS[kind]()
     before = outputs(model := GateLoRA(net, num_data=60), model.space.ones(), inputs)
-    model.space.centre_at(torch.randn(model.space.size))
+    centre_at(model.space, torch.randn(model.space.size))
     assert torch.equal(outputs(model, model.space.ones(), inputs), before)
     after = outputs(model, 0.5 * model.space.ones(), inputs)
-    model.space.centre_at(None)
-    assert model.space.centre is None
+    centre_at(model.space, None)
+    assert centre_of(model.space) is None
     assert not torch.equal(outputs(model, 0.5 * model.space.ones(), inputs), after)
 
 
 @pytest.mark.parametrize("kind", NETS)
 def test_what_is_removed_stays_at_its_centre(kind: str) -> None:
     net, inputs = NETS[kind]()
-    model, centre = centred(net)
+    model, point = centred(net)
     guide, keep = RankDiagonal(model), some(model.space)
-    at_zero = outputs(model, keep.to(centre), inputs)
+    at_zero = outputs(model, keep.to(point), inputs)
     without = GateLoRA(copy.deepcopy(net), num_data=60)
-    without.space.centre_at(None)
-    assert (outputs(without, keep.to(centre), inputs) - at_zero).abs().max() > 1e-5
+    centre_at(without.space, None)
+    assert (outputs(without, keep.to(point), inputs) - at_zero).abs().max() > 1e-5
     gone, modules = model.space.modules[0], len(model.space.modules)
     select(model, guide, keep)
     exactly(outputs(model, model.space.ones(), inputs), at_zero)
-    assert model.space.centre is not None
-    exactly(model.space.centre, centre[keep])
+    exactly(where(model), point[keep])
     assert list(model.space.constants) == [gone]
     select(model, guide, torch.arange(model.space.size) == 0)
     assert len(model.space.constants) == modules - 1
@@ -96,7 +109,7 @@ def test_what_is_removed_stays_at_its_centre(kind: str) -> None:
 
 def test_what_is_left_behind_does_not_train_and_costs_no_backward_pass() -> None:
     net = bert()
-    model, centre = centred(net)
+    model, point = centred(net)
     guide = RankDiagonal(model)
     svi = SVI(model, guide, lrvd.optim.AdamW(lr=1e-2), loss=lrvd.RankELBO())
     svi.step(**tokens())
@@ -169,7 +182,7 @@ def test_a_killed_run_goes_on_with_centres_and_biases(tmp_path: Path) -> None:
     lrvd.checkpoint(path, **run)
     expected = [step(run), step(run)]
     again = begun()
-    again["model"].space.centre_at(torch.zeros(again["model"].space.size))
+    centre_at(again["model"].space, torch.zeros(again["model"].space.size))
     lrvd.resume(path, **again)
     assert [step(again), step(again)] == expected
 
@@ -206,11 +219,10 @@ def test_balancing_takes_the_centre_along() -> None:
     net, batch = bert(), tokens(12)
     model = GateLoRA(net, num_data=60)
     moments = found(net, [batch])
-    model.space.centre_at(torch.cat([*moments.means.values()]))
+    centre(model, moments)
     balance(net, moments.centred())
-    assert model.space.centre is not None
     expected = torch.cat([*found(net, [batch]).means.values()])
-    torch.testing.assert_close(model.space.centre, expected, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(where(model), expected, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("about_the_mean", [True, False])
@@ -232,7 +244,7 @@ def test_k_components_about_the_mean_are_the_best_affine_update_of_rank_k(
         b = weights(net)[0][1]
         moments.scores[name] = b.T @ b
     if about_the_mean:
-        model.space.centre_at(torch.cat([*moments.means.values()]))
+        centre(model, moments)
         moments = moments.centred()
     balance(net, moments)
     full = outputs(model, model.space.ones(), {"x": x})
@@ -252,13 +264,12 @@ def test_a_trained_lora_becomes_a_centred_posterior(tmp_path: Path) -> None:
     )
     with lrvd.posterior_mean(model, guide) as mean:
         torch.testing.assert_close(mean(**batch).logits, before)
-    assert model.space.centre is not None
     means = torch.cat([*found(net, [batch]).means.values()])
-    torch.testing.assert_close(model.space.centre, means, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(where(model), means, rtol=1e-6, atol=1e-8)
     lrvd.prune(model, guide, log_alpha_threshold=float(guide.log_alpha.median()))
     lrvd.export_peft(tmp_path / "small", model, guide, probe=inputs)
     again, _ = bayesianize(net, [batch], likelihood=Categorical())
-    assert again.space.centre is None
+    assert centre_of(again.space) is None
 
 
 def test_rebalancing_in_training_goes_by_covariances_about_a_centre() -> None:
@@ -269,16 +280,15 @@ def test_rebalancing_in_training_goes_by_covariances_about_a_centre() -> None:
     svi.step(**batch)
     schedule.step()
     svi.step(**batch)
-    moments, centre = schedule.found(), model.space.centre
+    moments, point = schedule.found(), where(model)
     saved = schedule.state_dict()
     schedule.load_state_dict(saved)
     for name, mean in schedule.found().means.items():
         assert torch.equal(mean, moments.means[name])
-    assert centre is not None
-    parts = model.space.split(centre)
+    parts = model.space.split(point)
     changes = schedule.step()
-    assert changes and model.space.centre is not None
-    moved = model.space.split(model.space.centre)
+    assert changes
+    moved = model.space.split(where(model))
     for name, change in changes.items():
         exactly(moved[name], change.forward @ parts[name])
         gram = change.forward @ moments.centred().activations[name] @ change.forward.T
@@ -289,9 +299,17 @@ def test_rebalancing_in_training_goes_by_covariances_about_a_centre() -> None:
 def test_a_centre_that_does_not_fit_is_refused() -> None:
     space = lrvd.RankSpace(perceptron())
     for wrong in (torch.zeros(3), torch.full((8,), torch.nan)):
-        with pytest.raises(ValueError, match=r"expected \(8,\), finite.*gramians"):
-            space.centre_at(wrong)
-    assert space.centre is None
+        with pytest.raises(ValueError, match=r"expected \(8,\), finite"):
+            centre_at(space, wrong)
+    assert centre_of(space) is None
     dora = lrvd.RankSpace(bert(use_dora=True))
-    with pytest.raises(ValueError, match="4 layers are DoRA.*no bias in DoRA"):
-        dora.centre_at(torch.zeros(dora.size))
+    drawn = FactorLoRA(bert(), num_data=10).space
+    for other in (dora, drawn):
+        with pytest.raises(TypeError, match="a centre needs gates, and a bias"):
+            centre_at(other, torch.zeros(other.size))
+    model, net = GateLoRA(perceptron(), num_data=10), perceptron(r=2)
+    with pytest.raises(ValueError, match="other LoRA modules or ranks"):
+        centre(model, found(net, [rows(4, 5)]))
+    moments = found(model.base_net, [rows(4, 5)])
+    with pytest.raises(ValueError, match="no means to act about; take them again"):
+        centre(model, Gramians(moments.activations, moments.scores))

@@ -11,6 +11,7 @@ from nets import flat
 from pyro.infer import SVI
 
 from lrvd_pyro import RankELBO, RankSpace
+from lrvd_pyro.centres import centre_at
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import GateLoRA
 from lrvd_pyro.optim import AdamW
@@ -40,10 +41,15 @@ def compiling(test: Callable[..., None]) -> Callable[..., None]:
 
 
 @compiling
+@pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("per_example", [False, True])
-def test_a_fresh_gate_every_step_is_compiled_once(per_example: bool) -> None:
+def test_a_fresh_gate_every_step_is_compiled_once(
+    per_example: bool, centred: bool
+) -> None:
     net, x = nets.perceptron(), torch.randn(3, 5)
     space = RankSpace(net)
+    if centred:
+        centre_at(space, torch.rand(space.size))
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     for step in range(5):
         gate = torch.rand(*[3] * per_example, space.size, requires_grad=True)

@@ -50,7 +50,7 @@ from torch import Tensor
 
 import lrvd_pyro as lrvd
 from lrvd_pyro.calibration import scores
-from lrvd_pyro.gauge import Gramians, balance, gramians, hankel_values
+from lrvd_pyro.gauge import Gramians, balance, centre, gramians, hankel_values
 from lrvd_pyro.models import GateLoRA
 
 BUDGETS = (48, 24, 16, 12, 8, 4)
@@ -105,19 +105,19 @@ def orders(model: GateLoRA, batches: list[Any]) -> Iterator[tuple[str, Tensor, A
         sizes = torch.cat(list(hankel_values(trained).values()))
         yield "balanced, by t", sizes, balanced
     with restored(model.base_net):
-        model.space.centre_at(torch.cat([*trained.means.values()]))
+        centre(model, trained)
         balance(model.base_net, trained.centred())
         centred = gramians(model, batches, generator=labels_of(1))
         yield "centred", centred.gate_fisher, None
         some = gramians(model, batches, gates="subsets", generator=labels_of(3))
         yield "centred, over subsets", some.gate_fisher, None
-        model.space.centre_at(None)
+        centre(model, None)
     sizes = to_singular_vectors(model)
     found = gramians(model, batches, generator=labels_of(1))
     yield "SVD of dW", sizes, found
-    model.space.centre_at(torch.cat([*found.means.values()]))
+    centre(model, found)
     yield "SVD of dW, means kept", sizes, None
-    model.space.centre_at(None)
+    centre(model, None)
 
 
 @torch.no_grad()

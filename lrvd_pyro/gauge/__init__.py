@@ -19,13 +19,20 @@ matrix into rank-one terms, the tail sums of their norms are at least those of i
 singular values. t does not depend on the gauge that one starts from, and `balance`
 changes no function.
 
+The mean of h needs no rank: a constant is a bias. Let gates act about it
+(`centre`, or ``bayesianize(..., centred=True)``) and take covariances for G
+(`Gramians.centred`); then all of the above holds with S the covariance of the inputs,
+what is removed leaves its mean behind, and on one linear layer the first k components
+are the best affine update of rank k, as the theorem of Eckart and Young has it.
+
 What is only seen. That gradient descent hardly moves along the gauge, so that training
 alone stays far from that basis; that in the balanced gauge an eighth of the ranks keeps
 the accuracy of a real network within a point, which in the gauge of training no order
-does, and half a point to one more than the singular vectors of dW do. Of the orders,
-t and the exact gate Fisher information are those of small changes: to keep very few
-ranks, the Fisher information over random subsets of them (``gates="subsets"``) is
-better. The tables are in ``examples/``.
+does, and half a point to one more than the singular vectors of dW do; that hidden
+states have large means, on which the first components are spent unless gates are
+centred. Of the orders, t and the exact gate Fisher information are those of small
+changes: to keep very few ranks, the Fisher information over random subsets of them
+(``gates="subsets"``) is better. The tables are in ``examples/``.
 
 What does not follow. The scale of A against B stays free, whatever the directions. For
 the weight noise of `FactorLoRA`, whose KL depends on the coordinates of the inputs,
@@ -37,7 +44,7 @@ Source: derived here; whitening and truncation, Moore (1981); the concave penalt
 that of automatic relevance determination, Wipf and Nagarajan (2007).
 """
 
-from lrvd_pyro.gauge.balancing import Change, balance, hankel_values
+from lrvd_pyro.gauge.balancing import Change, balance, centre, hankel_values
 from lrvd_pyro.gauge.gramians import Gramians, gramians
 from lrvd_pyro.gauge.noise_to_signal import optimal_alpha
 from lrvd_pyro.gauge.one_pass import bayesianize
@@ -49,6 +56,7 @@ __all__ = [
     "Gramians",
     "balance",
     "bayesianize",
+    "centre",
     "gramians",
     "hankel_values",
     "optimal_alpha",

@@ -6,7 +6,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from lrvd_pyro.centres import centre_at, centre_of
 from lrvd_pyro.gauge.gramians import Gramians
+from lrvd_pyro.models import GateLoRA
 from lrvd_pyro.moments import optimisers_of
 from lrvd_pyro.rank_space import RankSpace
 
@@ -22,6 +24,51 @@ class Change(NamedTuple):
 
     forward: Tensor
     backward: Tensor
+
+
+def centre(model: GateLoRA, gramians: Gramians | None) -> None:
+    """Let gates act about the means of their rank activations.
+
+    ``m + z (h - m)`` in place of ``z h``, with h = A x and m its mean. Nothing changes
+    at gates of 1. At 0 a component is held at its mean, so that what `prune` or
+    `pruning.select` removes leaves the constant ``scaling * b_i m_i`` behind: in the
+    bias that PEFT calls ``lora_bias``, which every module has from now on, frozen. Only
+    what a rank does beyond its mean is random, and selected.
+
+    Balance by covariances then: ``balance(net, gramians.centred())``, which takes the
+    centre along. A and B may train on; the point stays.
+
+    Example::
+
+        found = gramians(model, batches)
+        centre(model, found)
+        balance(net, found.centred())
+        worth = gramians(model, batches, gates="subsets").gate_fisher
+        select(model, guide, worth.argsort(descending=True).argsort() < 8)
+
+    Args:
+        model: The network as a `GateLoRA`.
+        gramians: Of that model, in its present gauge; None lets gates act about 0.
+
+    Raises:
+        ValueError: If the moments belong to other modules or ranks, or have no means.
+        TypeError: If a layer is DoRA, or the model no `GateLoRA`.
+
+    PEFT cannot merge such an adapter into layers without a bias of their own.
+
+    Source: an intercept, as in reduced-rank regression (Izenman 1975); for LoRA,
+    derived here.
+    """
+    if gramians is None:
+        centre_at(model.space, None)
+        return
+    _check_fit(model.space, gramians)
+    if gramians.means.keys() != gramians.scores.keys():
+        raise ValueError(
+            "the moments have no means to act about; take them again: "
+            "gramians(model, batches)"
+        )
+    centre_at(model.space, torch.cat([*gramians.means.values()]))
 
 
 def hankel_values(gramians: Gramians) -> dict[str, Tensor]:
@@ -151,10 +198,11 @@ def _change(activations: Tensor, scores: Tensor, lora_A: Tensor, dead: float) ->
 
 def _move_centre(space: RankSpace, changes: dict[str, Change]) -> None:
     """Gates go on acting about the same points, in the new basis."""
-    if space.centre is not None:
-        parts = space.split(space.centre.double().cpu())
+    centre = centre_of(space)
+    if centre is not None:
+        parts = space.split(centre.double().cpu())
         parts |= {name: changes[name].forward @ parts[name] for name in changes}
-        space.centre_at(torch.cat([*parts.values()]))
+        centre_at(space, torch.cat([*parts.values()]))
 
 
 def _mix_rows(tensor: Tensor, matrix: Tensor) -> None:

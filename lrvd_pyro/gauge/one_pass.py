@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from lrvd_pyro.batches import check_several
-from lrvd_pyro.gauge.balancing import rebalance
+from lrvd_pyro.gauge.balancing import centre, rebalance
 from lrvd_pyro.gauge.gramians import gramians, seeded_by
 from lrvd_pyro.gauge.noise_to_signal import optimal_alpha
 from lrvd_pyro.guides import RankDiagonal
@@ -48,7 +48,7 @@ def bayesianize(
         prior: LogUniform (None), Normal or ARD.
         balance: False leaves the gauge as training left it, for one pass less.
         centred: Let gates act about the mean of their rank's activations. What `prune`
-            removes then leaves its mean behind, in a bias (`RankSpace.centre_at`).
+            removes then leaves its mean behind, in a bias: see `gauge.centre`.
         generator: Of the sampled labels.
         progress: Show a bar for each pass.
 
@@ -79,7 +79,7 @@ def bayesianize(
     options: dict[str, Any] = {"generator": generator, "progress": progress}
     try:
         found = gramians(model, batches, **options)
-        model.space.centre_at(torch.cat([*found.means.values()]) if centred else None)
+        centre(model, found if centred else None)
         if balance:
             moments = found.centred() if centred else found
             rebalance(model.space, moments, None, "kept")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrvd_pyro.centres import centre_of
 from lrvd_pyro.gauge.balancing import Change, rebalance
 from lrvd_pyro.gauge.gramians import Gramians, Sums, tapped
 from lrvd_pyro.guides import RankDiagonal
@@ -96,7 +97,7 @@ class BalanceSchedule:
         self._forget_if_pruned()
         if self.steps % self.every == 0 and self._examples:
             space, found = self.model.space, self.found()
-            moments = found if space.centre is None else found.centred()
+            moments = found if centre_of(space) is None else found.centred()
             changes = rebalance(space, moments, self.optimizer, lengths="kept")
             self._deal_noise(changes)
             self._forget()
