@@ -26,7 +26,8 @@ class RankDiagonal(UniqueModule):
     prior this is ``gate ~ Normal(1, alpha)``. The mean of the lowest site of R
     components with which the gate scales is held at 1, the others are learned: of a
     scale shared by several ranks, of a logit. Under a scale-free prior (`LogUniform`,
-    `ARD`) that loses nothing while B trains, since B absorbs the mean. Under a prior
+    `ARD`) that loses nothing while B trains, since B absorbs the mean (about a centre,
+    `gauge.centre`, all but a constant of it). Under a prior
     with a scale it is a choice: a rank that no datum wants rests where the KL is least
     at mean 1 (at alpha = s^2 under ``Normal(s)``), so that effective ranks do not
     compare across priors; ``learn_mean=True`` lets such gates fall to 0.

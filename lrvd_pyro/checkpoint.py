@@ -149,7 +149,9 @@ def resume(
     keep = ranks_left(path, model, state["ranks"])
     staying = check_layout(path, model, guide, keep, present, state["layout"])
     check_base(path, model, state["base"])
-    check_optimizer(path, optimizer, present, staying, state["optimizer"])
+    trains = {name for name, (*_, trains) in state["layout"].items() if trains}
+    still = {n: t for n, t in staying.items() if n in trains or not t.requires_grad}
+    check_optimizer(path, optimizer, present, still, state["optimizer"])
     if isinstance(sampler, ResumableSampler):
         sampler.check(state["sampler"])
     if not keep.all():

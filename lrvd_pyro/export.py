@@ -84,11 +84,11 @@ def export_peft(
 
     Raises:
         ValueError: If ``path`` is not empty, nothing is left to export, the adapter
-            alone does not make the network, or the probe's logits differ by more than
+            alone does not make the network, "merged" meets a bias and a layer without
+            one, or the probe's logits differ by more than
             1e-5 of the largest (2e-2 in half precision). Nothing is written then.
         TypeError: If a layer cannot be padded, or "merged" meets no Transformers net.
-        RuntimeError: If the adapter is merged, disabled, inactive or deleted; or PEFT's
-            own, if "merged" meets a ``lora_bias`` and a base layer without bias.
+        RuntimeError: If the adapter is merged, disabled, inactive or deleted.
     """
     if mode not in ("pruned", "padded", "merged"):
         raise ValueError(f'mode={mode!r}; expected "pruned", "padded" or "merged"')
@@ -146,6 +146,7 @@ def plain_adapter(
         }
     config = lora_config(live_config(model), ranks, ranks, module_names(net))
     config.use_rslora, config.inference_mode = False, True
+    config.lora_bias = any(mean.bias is not None for mean in left.values())
     return config, tensors
 
 
@@ -178,7 +179,8 @@ def mean_modules(
             sides: Any = layer.lora_A[space.adapter], layer.lora_B[space.adapter]
             A, B = (side.weight for side in sides)
             bias = _mean_bias(layer, space.adapter, A.new_ones(1))
-            means[name] = MeanModule(A[:0], B[:, :0], bias)
+            rows = 0 if drop else 1
+            means[name] = MeanModule(A[:rows], B[:, :rows], bias)
     return means
 
 
@@ -211,9 +213,15 @@ def merge(model: RankModel, guide: Guide) -> Any:
         layer: Any = twin.get_submodule(PREFIX + name)
         layer.lora_A[adapter].weight.data = mean.lora_A.detach()
         layer.lora_B[adapter].weight.data = mean.lora_B.detach()
+        layer.lora_bias[adapter] = mean.bias is not None and bool(mean.bias.any())
         if mean.bias is not None:
             layer.lora_B[adapter].bias.data = mean.bias.detach()
         layer.scaling[adapter] = 1.0
+        if layer.lora_bias[adapter] and layer.get_base_layer().bias is None:
+            raise ValueError(
+                f"the adapter has a bias in {name!r}, whose layer has none to merge it "
+                f'into; use mode="pruned", or centred=False before ranks are removed'
+            )
     return twin.merge_and_unload(adapter_names=[adapter])
 
 

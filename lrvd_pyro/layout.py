@@ -116,12 +116,15 @@ def check_layout(
         check_pair(model, guide)
         cuts = space.cuts(keep) | guide.cuts(keep) | prior_cuts(model, keep)
         for layer, kept in zip(space.layers, space.split(keep).values()):
-            stays = layer.lora_bias.get(space.adapter)
+            if kept.any():
+                continue
+            bias: Any = layer.lora_B[space.adapter].bias
             for side in (layer.lora_A, layer.lora_B):
-                if not kept.any():
-                    leaving.update(side[space.adapter].buffers())
-                    own = side[space.adapter].parameters()
-                    (freezing if stays else leaving).update(own)
+                leaving.update(side[space.adapter].parameters())
+                leaving.update(side[space.adapter].buffers())
+            if bias is not None:  # stays as a constant
+                leaving.remove(bias)
+                freezing.add(bias)
     staying = {name: t for name, t in present.items() if t not in leaving}
     here = layout_of(staying, cuts, freezing)
     if names := [n for n in saved | here if here.get(n) != saved.get(n)]:

@@ -10,8 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lrvd_pyro.centres import give_bias, hold_constant
 from lrvd_pyro.models.base import RankModel
-from lrvd_pyro.surgery import hold_constant
 
 ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -96,12 +96,15 @@ def adapted(
     lora = lora_config(stored, ranks, alphas, module_names(net))
     lora.use_rslora, lora.inference_mode = config["use_rslora"], False
     lora.base_model_name_or_path = None
+    lora.lora_bias = stored.lora_bias and not config["constant_biases"]
     trainable = [p for p in net.parameters() if p.requires_grad]
     peft_net = get_peft_model(net, lora, config["adapter"])
     try:
         for name, scaling in scalings.items():
             layer: Any = peft_net.get_submodule(PREFIX + name)
             layer.scaling[config["adapter"]] = scaling
+            if config["constant_biases"]:
+                give_bias(layer, config["adapter"])
             if name in config["constants"]:
                 hold_constant(layer, config["adapter"])
         yield peft_net

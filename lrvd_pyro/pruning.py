@@ -113,8 +113,8 @@ def select(
     Rows of A, columns of B, the guide's entries, parameters and buffers of the prior
     with one entry per component, and the optimiser's moments are sliced in place, so
     that whoever trains them goes on. Logits change as by setting those gates to 0.
-    Modules without rank leave the adapter, the optimiser and Pyro's store; of gates
-    about a centre (`gauge.centre`) a constant bias stays.
+    Modules without rank leave the adapter, the optimiser and Pyro's store. Of gates
+    about a centre (`gauge.centre`), and of PEFT's ``lora_bias``, a constant bias stays.
 
     Call it between steps: a loss computed before cannot go backward after it.
 
@@ -138,11 +138,11 @@ def select(
     if keep.all():
         return
     _check_prior(model, guide, keep, ours)
-    trained = _trained(model)
+    trained: set[Tensor] = set(model.base_net.parameters())
     guide.select(keep)
     slice_tensors(ours)
     model.space.select(keep)
-    gone = trained - _trained(model)
+    gone = trained - set(model.base_net.parameters())
     if optimizer is None:
         watch_for_stale_state()
     else:
@@ -172,10 +172,10 @@ def removal_cost(
     For the tied noise of FactorLoRA the same holds with an isotropic curvature; with
     both sides random, alpha is the sum of those of the two.
 
-    Wrong before convergence, far from the quadratic regime, under another ``kl_weight``
-    than that of training, or with a ``weight_prior`` or weight decay that matters; of
-    several components together, where their effects correlate; for FactorLoRA, too low
-    where inputs align.
+    Wrong before convergence, far from the quadratic regime, about a centre, which B
+    scales too, under another ``kl_weight`` than that of training, or with a
+    ``weight_prior`` or weight decay that matters; of several components together, where
+    their effects correlate; for FactorLoRA, too low where inputs align.
 
     Raises:
         TypeError: If the gate is no product of latent sites, one of them with R
@@ -256,10 +256,6 @@ def prior_cuts(model: RankModel, keep: Tensor) -> Cuts:
         for name, tensor in tensors
         if tensor.dim() > 0
     }
-
-
-def _trained(model: RankModel) -> set[Tensor]:
-    return {p for p in model.base_net.parameters() if p.requires_grad}
 
 
 def _check_prior(

@@ -16,7 +16,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lrvd_pyro.centres import leave_centres
+from lrvd_pyro.centres import is_constant, leave_centres
 from lrvd_pyro.groups import Coordinates, Groups, Level
 from lrvd_pyro.hooks import (
     Bank,
@@ -71,8 +71,8 @@ class RankSpace:
         self.net = net
         self.adapter = pick_adapter(net, adapter)
         found = find_layers(net, self.adapter, linear=bool(sides))
-        layers = {name: m for name, m in found.items() if m.r[self.adapter]}
-        self.constants = {name: m for name, m in found.items() if name not in layers}
+        layers = {n: m for n, m in found.items() if not is_constant(m, self.adapter)}
+        self.constants = {n: m for n, m in found.items() if n not in layers}
         self.modules = tuple(layers)
         self.layers: tuple[LoraLayer, ...] = tuple(layers.values())
         self.ranks = tuple(layer.r[self.adapter] for layer in self.layers)
@@ -244,13 +244,10 @@ class RankSpace:
                 hook.index = numbers[hook.index]
             else:
                 del hooks[key]
-        for layer, rank in zip(self.layers, ranks):
+        for name, layer, rank in zip(self.modules, self.layers, ranks):
             resize_layer(layer, self.adapter, rank)
-        self.constants |= {
-            name: layer
-            for name, layer, rank in zip(self.modules, self.layers, ranks)
-            if not rank and self.adapter in layer.r
-        }
+            if not rank and self.adapter in layer.r:
+                self.constants[name] = layer
         self._gates = [self._gates[i] for i in numbers]
         self._hooked = [
             m for m in self._hooked if m._forward_pre_hooks | m._forward_hooks
@@ -273,7 +270,7 @@ class RankSpace:
         self.origin = tuple(i for i, kept in zip(self.origin, keep.tolist()) if kept)
 
     def close(self) -> None:
-        """Remove every hook; the network is as PEFT made it."""
+        """Remove every hook; weights, and what `gauge.centre` added, stay."""
         for hooks, key, _ in own_hooks(self._hooked, self.bank):
             del hooks[key]
 

@@ -53,9 +53,9 @@ from lrvd_pyro.pruning import check_pair
 
 FORMAT = 1
 CONFIG, POSTERIOR = "lrvd_config.json", "lrvd_posterior.safetensors"
-KEYS = {"adapter", "base", "centred", "constants", "frozen", "guide", "likelihood"}
-KEYS |= {"model", "modules", "num_data", "origin", "prior", "ranks", "scalings"}
-KEYS |= {"sides", "use_rslora", "versions", "weight_prior"}
+KEYS = {"adapter", "base", "centred", "constant_biases", "constants", "frozen"}
+KEYS |= {"guide", "likelihood", "model", "modules", "num_data", "origin", "prior"}
+KEYS |= {"ranks", "scalings", "sides", "use_rslora", "versions", "weight_prior"}
 
 Tensors = dict[str, Tensor]
 Parts = dict[str, Tensors]
@@ -200,7 +200,8 @@ def _config(model: RankModel, guide: nn.Module, parts: Parts) -> dict[str, Any]:
         "modules": space.modules,
         "ranks": space.ranks,
         "scalings": [layer.scaling[space.adapter] for layer in space.layers],
-        "centred": centre_of(space) is not None,
+        "centred": bool(centre_of(space)),
+        "constant_biases": _biases_are_constant(model),
         "constants": {n: m.scaling[space.adapter] for n, m in space.constants.items()},
         "use_rslora": live_config(model).use_rslora,
         "origin": space.origin,
@@ -233,6 +234,13 @@ def _split(tensors: Mapping[str, Tensor]) -> Parts:
         part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = tensor
     return parts
+
+
+def _biases_are_constant(model: RankModel) -> bool:
+    """Whether `gauge.centre` gave the adapter its biases, and no training."""
+    space = model.space
+    lora_B: Any = space.layers[0].lora_B[space.adapter]
+    return "bias" in lora_B._buffers
 
 
 def _is_frozen(tensor: Tensor) -> bool:

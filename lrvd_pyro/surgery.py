@@ -10,6 +10,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from lrvd_pyro.centres import hold_constant
+
 if TYPE_CHECKING:
     from lrvd_pyro.rank_space import RankSpace
 
@@ -90,8 +92,8 @@ def resize_layer(layer: LoraLayer, adapter: str, rank: int) -> None:
     """
     if rank == 0 and layer.lora_bias.get(adapter):
         hold_constant(layer, adapter)
-        return
-    if rank == 0:
+        rank = 1
+    elif rank == 0:
         # PEFT would activate another adapter in this layer alone, with a warning.
         active = layer.active_adapters
         layer._active_adapter = [name for name in active if name != adapter]
@@ -102,16 +104,6 @@ def resize_layer(layer: LoraLayer, adapter: str, rank: int) -> None:
     for module, side in ((layer.lora_A, "out"), (layer.lora_B, "in")):
         kind = "channels" if hasattr(module[adapter], "kernel_size") else "features"
         setattr(module[adapter], f"{side}_{kind}", rank)
-
-
-def hold_constant(layer: LoraLayer, adapter: str) -> None:
-    """Let a bias alone be left of a layer of rank 1: frozen, its A and B zeros, r 0."""
-    sides: Any = layer.lora_A[adapter], layer.lora_B[adapter]
-    for module in sides:
-        module.requires_grad_(False)
-        module.weight.zero_()
-        module._buffers.pop("centre", None)
-    layer.r[adapter] = 0
 
 
 def indices_kept(space: "RankSpace", keep: Tensor, name: str, size: int) -> Tensor:

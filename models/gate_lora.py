@@ -25,7 +25,8 @@ class GateLoRA(RankModel):
     slice of the one latent vector ``gate`` ~ prior, of length R, the sum of the ranks.
     A, B and the head are point parameters of the model; the base is frozen. Under the
     guide `RankDiagonal`, ``Cov[y] = scaling^2 B diag(alpha (A x)^2) B^T``: of rank r at
-    most, and zero where ``A x = 0``.
+    most, and zero where ``A x = 0``. On an adapter with a centre (`gauge.centre`) gates
+    act about it, and ``A x`` stands for the distance from it.
 
     Example::
 

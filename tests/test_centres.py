@@ -1,20 +1,15 @@
-"""Gates about a centre: what they do to a layer, and what removed ranks leave."""
+"""Gates about a centre: what they do to a layer, and to the gauge."""
 
 import copy
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
-from typing import Any
 
 import nets
 import pytest
 import torch
-from gauges import found, mix, rows, seeded, weights
+from centred import NETS, centred, exactly, where
+from gauges import found, mix, rows, weights
 from nets import bert, perceptron, regression, tokens
-from peft import PeftModel
 from pruned import outputs, some
 from pyro.infer import SVI
-from stored import fresh, learned, mean_logits, plain_logits, same_predictions
 from torch import Tensor
 
 import lrvd_pyro as lrvd
@@ -32,36 +27,7 @@ from lrvd_pyro.likelihoods import Categorical
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 from lrvd_pyro.pruning import select
 
-exactly = partial(torch.testing.assert_close, rtol=0, atol=1e-12)
-NETS: dict[str, Callable[[], tuple[PeftModel, dict[str, Tensor]]]] = {
-    "bert": lambda: (bert(), tokens(4, labels=False)),
-    "gpt2": lambda: (nets.gpt2(), tokens(4, labels=False)),
-    "rslora, own bias": lambda: (own_bias(), tokens(4, labels=False)),
-    "ragged": lambda: (perceptron(**nets.RAGGED), rows(4, 5)),
-    "convolutions": lambda: (nets.conv(), {"x": torch.randn(4, 3, 6, 6)}),
-}
-
-
-def own_bias() -> PeftModel:
-    """A network that was trained with PEFT's ``lora_bias``."""
-    net = bert(use_rslora=True, lora_bias=True)
-    for name, parameter in net.named_parameters():
-        if name.endswith("lora_B.default.bias"):
-            torch.nn.init.normal_(parameter)
-    return net
-
-
-def centred(net: PeftModel) -> tuple[GateLoRA, Tensor]:
-    model = GateLoRA(net, num_data=60)
-    point = torch.randn(model.space.size)
-    centre_at(model.space, point)
-    return model, point
-
-
-def where(model: GateLoRA) -> Tensor:
-    found = centre_of(model.space)
-    assert found is not None
-    return found
+pytestmark = pytest.mark.filterwarnings(nets.GROUPED)
 
 
 def test_a_gate_pulls_its_rank_towards_the_centre() -> None:
@@ -85,7 +51,7 @@ def test_at_gates_of_one_the_network_is_what_it_was(kind: str) -> None:
     assert torch.equal(outputs(model, model.space.ones(), inputs), before)
     after = outputs(model, 0.5 * model.space.ones(), inputs)
     centre_at(model.space, None)
-    assert centre_of(model.space) is None
+    assert not centre_of(model.space)
     assert not torch.equal(outputs(model, 0.5 * model.space.ones(), inputs), after)
 
 
@@ -128,63 +94,15 @@ def test_what_is_left_behind_does_not_train_and_costs_no_backward_pass() -> None
         assert torch.equal(module.lora_B["default"].bias, bias) and bias.any()  # type: ignore[arg-type]
 
 
-MODES: list[Any] = ["pruned", "padded", "merged"]
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kind", ["bert", "gpt2", "rslora, own bias"])
-def test_plain_peft_gives_the_logits_of_the_mean(
-    kind: str, mode: Any, tmp_path: Path
-) -> None:
-    """Means that are not 1, some 0, and a module of which a bias alone is left."""
-    net, inputs = NETS[kind]()
-    model, _ = centred(net)
-    guide = learned(model)
-    select(model, guide, some(model.space))
-    path = lrvd.export_peft(tmp_path / "out", model, guide, mode=mode, probe=inputs)
-    if mode != "merged":
-        mean = mean_logits(model, guide, inputs)
-        exactly(plain_logits(fresh(net), path, inputs), mean)
-
-
-@pytest.mark.parametrize("kind", ["bert", "rslora, own bias", "ragged", "convolutions"])
-def test_a_centred_posterior_comes_back_bit_for_bit(kind: str, tmp_path: Path) -> None:
-    net, inputs = NETS[kind]()
-    model, _ = centred(net)
-    guide = learned(model)
-    select(model, guide, some(model.space))
-    path = lrvd.save(tmp_path / "run", model, guide)
-    pair = lrvd.load(path, fresh(net))
-    same_predictions((model, guide), pair, inputs)
-    assert list(pair[0].space.constants) == list(model.space.constants)
-    mean = mean_logits(model, guide, inputs)
-    assert torch.equal(mean_logits(*pair, inputs), mean)
-    exactly(plain_logits(fresh(net), path, inputs), mean)
-
-
-def test_a_killed_run_goes_on_with_centres_and_biases(tmp_path: Path) -> None:
-    def begun() -> dict[str, Any]:
-        torch.manual_seed(0)
-        model, _ = centred(perceptron())
-        optim = lrvd.optim.AdamW(lr=1e-2)
-        parts = {"model": model, "guide": RankDiagonal(model), "optimizer": optim}
-        return {**parts, "elbo": lrvd.RankELBO()}
-
-    def step(run: dict[str, Any]) -> float:
-        pair = SVI(run["model"], run["guide"], run["optimizer"], loss=run["elbo"])
-        torch.manual_seed(1)
-        return float(pair.step(**rows(8, 5), labels=torch.arange(8) % 3))
-
-    run = begun()
-    step(run)
-    select(run["model"], run["guide"], some(run["model"].space), run["optimizer"])
-    path = tmp_path / "run.safetensors"
-    lrvd.checkpoint(path, **run)
-    expected = [step(run), step(run)]
-    again = begun()
-    centre_at(again["model"].space, torch.zeros(again["model"].space.size))
-    lrvd.resume(path, **again)
-    assert [step(again), step(again)] == expected
+def test_inputs_that_never_change_have_no_covariance() -> None:
+    """Rounding beside the mean is no direction: the module stays as it is."""
+    torch.manual_seed(5)
+    net = perceptron()
+    moments = found(net, [{"x": torch.randn(1, 5).expand(5, 5)}])
+    before = [a.clone() for a, _ in weights(net)]
+    assert balance(net, moments.centred()) == {}
+    assert all(torch.equal(a, b) for a, (b, _) in zip(before, weights(net)))
+    assert len(balance(net, moments)) == 2
 
 
 def test_means_are_those_of_tokens_that_matter() -> None:
@@ -255,23 +173,6 @@ def test_k_components_about_the_mean_are_the_best_affine_update_of_rank_k(
         assert bool(lost < (1 + 1e-6) * best) is about_the_mean
 
 
-def test_a_trained_lora_becomes_a_centred_posterior(tmp_path: Path) -> None:
-    net, batch = bert(), tokens(32)
-    inputs = {name: v for name, v in batch.items() if name != "labels"}
-    before = net.eval()(**batch).logits.detach()
-    model, guide = bayesianize(
-        net, [batch], likelihood=Categorical(), centred=True, generator=seeded()
-    )
-    with lrvd.posterior_mean(model, guide) as mean:
-        torch.testing.assert_close(mean(**batch).logits, before)
-    means = torch.cat([*found(net, [batch]).means.values()])
-    torch.testing.assert_close(where(model), means, rtol=1e-6, atol=1e-8)
-    lrvd.prune(model, guide, log_alpha_threshold=float(guide.log_alpha.median()))
-    lrvd.export_peft(tmp_path / "small", model, guide, probe=inputs)
-    again, _ = bayesianize(net, [batch], likelihood=Categorical())
-    assert centre_of(again.space) is None
-
-
 def test_rebalancing_in_training_goes_by_covariances_about_a_centre() -> None:
     net, batch = bert(), tokens(32)
     model, guide = bayesianize(net, [batch], likelihood=Categorical(), centred=True)
@@ -291,7 +192,8 @@ def test_rebalancing_in_training_goes_by_covariances_about_a_centre() -> None:
     moved = model.space.split(where(model))
     for name, change in changes.items():
         exactly(moved[name], change.forward @ parts[name])
-        gram = change.forward @ moments.centred().activations[name] @ change.forward.T
+        about = moments.centred(parts).activations[name]
+        gram = change.forward @ about @ change.forward.T
         sizes = gram.diagonal().sqrt()
         assert (gram / torch.outer(sizes, sizes) - torch.eye(4)).abs().max() < 1e-6
 
@@ -301,15 +203,21 @@ def test_a_centre_that_does_not_fit_is_refused() -> None:
     for wrong in (torch.zeros(3), torch.full((8,), torch.nan)):
         with pytest.raises(ValueError, match=r"expected \(8,\), finite"):
             centre_at(space, wrong)
-    assert centre_of(space) is None
+    assert not centre_of(space)
+    with pytest.raises(ValueError, match=r"up to 1000000.0.* finite in torch.float16"):
+        centre_at(lrvd.RankSpace(perceptron().half()), torch.full((8,), 1e6))
     dora = lrvd.RankSpace(bert(use_dora=True))
-    drawn = FactorLoRA(bert(), num_data=10).space
-    for other in (dora, drawn):
-        with pytest.raises(TypeError, match="a centre needs gates, and a bias"):
+    drawn = FactorLoRA(bert(), num_data=10)
+    with pytest.raises(TypeError, match="FactorLoRA; gates are what acts about"):
+        centre(drawn, None)  # type: ignore[arg-type]
+    for other in (dora, drawn.space, lrvd.RankSpace(nets.grouped())):
+        with pytest.raises(TypeError, match="a centre needs a gate for each column"):
             centre_at(other, torch.zeros(other.size))
     model, net = GateLoRA(perceptron(), num_data=10), perceptron(r=2)
     with pytest.raises(ValueError, match="other LoRA modules or ranks"):
         centre(model, found(net, [rows(4, 5)]))
     moments = found(model.base_net, [rows(4, 5)])
-    with pytest.raises(ValueError, match="no means to act about; take them again"):
+    with pytest.raises(ValueError, match="no means, or are centred already; take"):
         centre(model, Gramians(moments.activations, moments.scores))
+    with pytest.raises(ValueError, match="no means, or are centred already; take"):
+        moments.centred().centred()

@@ -52,23 +52,27 @@ def centre(model: GateLoRA, gramians: Gramians | None) -> None:
 
     Raises:
         ValueError: If the moments belong to other modules or ranks, or have no means.
-        TypeError: If a layer is DoRA, or the model no `GateLoRA`.
+        TypeError: If a layer is DoRA or a grouped convolution, or the model no
+            `GateLoRA`.
 
-    PEFT cannot merge such an adapter into layers without a bias of their own.
+    The centre belongs to the adapter, as A and B do: a later model on the same network
+    has it too. What is removed with it cannot be merged into layers without a bias of
+    their own.
 
     Source: an intercept, as in reduced-rank regression (Izenman 1975); for LoRA,
     derived here.
     """
+    if not isinstance(model, GateLoRA):
+        raise TypeError(
+            f"model is a {type(model).__name__}; gates are what acts about a centre: "
+            f"GateLoRA(net, num_data=len(train))"
+        )
     if gramians is None:
         centre_at(model.space, None)
         return
     _check_fit(model.space, gramians)
-    if gramians.means.keys() != gramians.scores.keys():
-        raise ValueError(
-            "the moments have no means to act about; take them again: "
-            "gramians(model, batches)"
-        )
-    centre_at(model.space, torch.cat([*gramians.means.values()]))
+    means = gramians.require_means()
+    centre_at(model.space, torch.cat([means[name] for name in model.space.modules]))
 
 
 def hankel_values(gramians: Gramians) -> dict[str, Tensor]:
@@ -150,6 +154,7 @@ def rebalance(
         raise ValueError(f'lengths={lengths!r}; expected "balanced" or "kept"')
     space.require_live()
     _check_fit(space, gramians)
+    _check_mixable(space)
     weights = dict(
         zip(space.modules, zip(space.weights("lora_A"), space.weights("lora_B")))
     )
@@ -198,11 +203,10 @@ def _change(activations: Tensor, scores: Tensor, lora_A: Tensor, dead: float) ->
 
 def _move_centre(space: RankSpace, changes: dict[str, Change]) -> None:
     """Gates go on acting about the same points, in the new basis."""
-    centre = centre_of(space)
-    if centre is not None:
-        parts = space.split(centre.double().cpu())
-        parts |= {name: changes[name].forward @ parts[name] for name in changes}
-        centre_at(space, torch.cat([*parts.values()]))
+    if points := centre_of(space):
+        points = {name: point.double().cpu() for name, point in points.items()}
+        points |= {name: changes[name].forward @ points[name] for name in changes}
+        centre_at(space, torch.cat([points[name] for name in space.modules]))
 
 
 def _mix_rows(tensor: Tensor, matrix: Tensor) -> None:
@@ -244,7 +248,7 @@ def _states(optimizer: Any, weights: list[Tensor]) -> dict[Tensor, dict[str, Ten
 
 
 def _check_fit(space: RankSpace, gramians: Gramians) -> None:
-    """Raise unless the moments are of these modules, and rows and columns can mix."""
+    """Raise unless the moments are of these modules and ranks."""
     given = {name: len(gram) for name, gram in gramians.scores.items()}
     ours = dict(zip(space.modules, space.ranks, strict=True))
     if not given:
@@ -258,6 +262,10 @@ def _check_fit(space: RankSpace, gramians: Gramians) -> None:
             f"the Gramians are of other LoRA modules or ranks, such as {differing[0]}; "
             f"take them again: gramians(model, batches)"
         )
+
+
+def _check_mixable(space: RankSpace) -> None:
+    """Raise unless rank components of every module can be mixed."""
     for name, layer in zip(space.modules, space.layers, strict=True):
         if getattr(layer.lora_B[space.adapter], "groups", 1) > 1:
             raise TypeError(

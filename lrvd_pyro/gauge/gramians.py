@@ -20,6 +20,7 @@ OVERFLOW = (
     "nothing was changed. Is a row all padding, or the network in float16? Run it in "
     "float32 or bfloat16"
 )
+ROUNDING = 1e-12  # of a covariance, relative to the second moment
 Labels = Literal["sampled", "observed"]
 Gates = Literal["ones", "subsets"]
 Found = Callable[[int, Tensor, Tensor], None]
@@ -44,15 +45,34 @@ class Gramians:
     gate_fisher: Tensor = field(default_factory=lambda: torch.empty(0))
     means: dict[str, Tensor] = field(default_factory=dict)
 
-    def centred(self) -> "Gramians":
-        """The same with covariances ``G - mean h mean h^T`` for the activations."""
-        return replace(
-            self,
-            activations={
-                name: gram - torch.outer(self.means[name], self.means[name])
-                for name, gram in self.activations.items()
-            },
-        )
+    def centred(self, about: Mapping[str, Tensor] | None = None) -> "Gramians":
+        """The same with activations ``mean (h - c) (h - c)^T``, and without means.
+
+        Args:
+            about: c of each module, r; None for the means: G is then a covariance, and
+                0 where that is rounding beside the mean, of inputs that never change.
+
+        Raises:
+            ValueError: If there are no means: of moments centred before, say.
+        """
+        means = self.require_means()
+        activations = {}
+        for name, gram in self.activations.items():
+            mean = means[name]
+            off = mean - (mean if about is None else about[name].to(mean))
+            found = gram - torch.outer(mean, mean)
+            varies = found.trace() > ROUNDING * gram.trace()
+            activations[name] = found * varies + torch.outer(off, off)
+        return replace(self, activations=activations, means={})
+
+    def require_means(self) -> dict[str, Tensor]:
+        """The means of all modules, or a ValueError."""
+        if self.means.keys() != self.scores.keys():
+            raise ValueError(
+                "the moments have no means, or are centred already; take them again: "
+                "gramians(model, batches)"
+            )
+        return self.means
 
 
 def gramians(

@@ -46,7 +46,8 @@ def bayesianize(
         num_data: The number of training examples; None counts those of ``batches``.
         adapter: The adapter's name; None takes the single active one.
         prior: LogUniform (None), Normal or ARD.
-        balance: False leaves the gauge as training left it, for one pass less.
+        balance: False leaves the gauge as training left it; unless ``centred``, one
+            pass is enough then.
         centred: Let gates act about the mean of their rank's activations. What `prune`
             removes then leaves its mean behind, in a bias: see `gauge.centre`.
         generator: Of the sampled labels.
@@ -86,6 +87,7 @@ def bayesianize(
         if balance or centred:
             found = gramians(model, batches, **options)
     except BaseException:
+        centre(model, None)
         model.space.close()
         model.release()
         raise

@@ -97,7 +97,8 @@ class BalanceSchedule:
         self._forget_if_pruned()
         if self.steps % self.every == 0 and self._examples:
             space, found = self.model.space, self.found()
-            moments = found if centre_of(space) is None else found.centred()
+            point = centre_of(space)
+            moments = found.centred(point) if point else found
             changes = rebalance(space, moments, self.optimizer, lengths="kept")
             self._deal_noise(changes)
             self._forget()
