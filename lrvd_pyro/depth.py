@@ -18,15 +18,19 @@ def free_lower_layers(
     optimizer: Any = None,
     *,
     share: float = 1 / 3,
+    layers: int | None = None,
 ) -> Tensor:
     """Remove all ranks of the lowest layers that carry little, as `select` does.
 
     Of ``sum t_i^2`` over all modules, in nats per data set, the lowest layers go that
-    hold at most ``share`` of it together; the highest stays. From then on no layer
-    below the first with a rank keeps activations or has a backward pass, unless inputs
-    require a gradient (``net.disable_input_require_grads()``): a step costs less than
-    one of plain LoRA, and `predict` runs those layers once for all draws. Others have
-    to learn what went: call it early.
+    hold at most ``share`` of it together; the highest stays. Or a given number of
+    layers goes, whatever they hold: the cost is then known beforehand.
+
+    From then on no layer below the first with a rank keeps activations or has a
+    backward pass, unless inputs require a gradient
+    (``net.disable_input_require_grads()``): a step costs less than one of plain LoRA,
+    and `predict` runs those layers once for all draws. Others have to learn what went:
+    call it early. After `gauge.centre` they have less to learn, as means stay.
 
     Example::
 
@@ -35,8 +39,9 @@ def free_lower_layers(
             svi.step(**batch)
             gather.step()
             if step == 50:
-                sizes = hankel_values(gather.found())
-                free_lower_layers(model, guide, sizes, svi.optim)
+                found = gather.found()
+                centre(model, found)
+                free_lower_layers(model, guide, hankel_values(found), svi.optim)
                 gather.close()
 
     Args:
@@ -45,14 +50,15 @@ def free_lower_layers(
         hankel_values: t of each module, from `gauge.hankel_values`.
         optimizer: What trains them, as in `prune`.
         share: From 0 to below 1.
+        layers: How many layers to free instead, if not None.
 
     Returns:
         Which components stayed, bool (R,), R as before.
 
     Raises:
         TypeError: If the values are no mapping, or a layer is a DoRA layer.
-        ValueError: If ``share`` is out of range, or the values belong to other modules,
-            are not finite or all 0.
+        ValueError: If ``share`` or ``layers`` is out of range, or the values belong to
+            other modules, are not finite or all 0.
         Besides, as `pruning.select` raises it; nothing has changed then.
 
     Layers are told by the first number in a module's name; modules without one count
@@ -69,8 +75,16 @@ def free_lower_layers(
     energy = torch.cat([hankel_values[name].cpu().square() for name in space.modules])
     layer = torch.tensor(space.coordinates["layer"])
     layer[layer < 0] = layer.max() + 1
-    below = torch.stack([energy[layer <= n].sum() for n in layer])
-    keep = (below > share * energy.sum()) | (layer == layer.max())
+    numbers = layer.unique()
+    if layers is None:
+        below = [energy[layer <= n].sum() for n in numbers[:-1]]
+        layers = sum(bool(part <= share * energy.sum()) for part in below)
+    if not 0 <= layers < len(numbers):
+        raise ValueError(
+            f"layers={layers}; expected 0 to {len(numbers) - 1}: {len(numbers)} layers "
+            f"have ranks, and the highest stays"
+        )
+    keep: Tensor = layer >= numbers[layers]
     select(model, guide, keep, optimizer)
     return keep
 

@@ -178,8 +178,7 @@ def test_a_whole_run_frees_the_lower_layers_and_keeps_fewer_bytes(
     benchmark = shrunk(
         "benchmarks.whole_run", monkeypatch, TRAIN=64, SAMPLES=2, ROUNDS=3
     )
-    freed = list(benchmark.SHARES)[-1]
-    monkeypatch.setitem(benchmark.SHARES, freed, 0.6)
+    freed = list(benchmark.FREED)[-1]
     out = tmp_path / "lines.jsonl"
     with pyro.validation_enabled(False):
         arguments = ["--data", str(data), "--seeds", "0", "--out", str(out)]
@@ -189,7 +188,7 @@ def test_a_whole_run_frees_the_lower_layers_and_keeps_fewer_bytes(
     assert rows["A/A"]["bytes"] == rows["LoRA"]["bytes"] == 1
     assert rows["A/A"]["nll"] == rows["LoRA"]["nll"]
     assert rows["GateLoRA"]["ranks"] == 96
-    assert rows[freed]["ranks"] in (16, 32, 48, 64, 80)
+    assert rows[freed]["ranks"] == 48
     assert rows[freed]["bytes"] < rows["GateLoRA"]["bytes"]
 
 
