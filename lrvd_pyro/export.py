@@ -8,16 +8,15 @@ that the scaling is 1 whether or not a server reads ``rank_pattern`` and
 import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lrvd_pyro.batches import without_labels
-from lrvd_pyro.centres import constant
 from lrvd_pyro.folders import AnyPath, written_whole
+from lrvd_pyro.mean_modules import is_nothing, mean_modules, padded
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.plain_peft import (
     PREFIX,
@@ -32,15 +31,6 @@ from lrvd_pyro.predict import evaluating, posterior_mean
 
 Mode = Literal["pruned", "padded", "merged"]
 Guide = Callable[..., Any]
-
-
-class MeanModule(NamedTuple):
-    """A LoRA module at the posterior mean, its scaling in B and bias."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    bias: Tensor | None
-
 
 # Initialisations that subtract the first B A from the base weights.
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -123,7 +113,7 @@ def plain_adapter(
     _refuse_what_no_adapter_holds(model)
     net, adapter = model.base_net, model.space.adapter
     means = mean_modules(model, guide, drop=drop)
-    left = {name: mean for name, mean in means.items() if not _is_nothing(mean)}
+    left = {name: mean for name, mean in means.items() if not is_nothing(mean)}
     if not left:
         raise ValueError(
             "nothing is left to export: the mean of every gate is 0, and PEFT has no "
@@ -138,7 +128,7 @@ def plain_adapter(
         for part in PARTS:
             tensors.pop(f"{PREFIX}{name}.{part}", None)
     for name, mean in left.items():
-        filled = _padded(name, mean, ranks[name])
+        filled = padded(name, mean, ranks[name])
         tensors |= {
             f"{PREFIX}{name}.{part}": tensor
             for part, tensor in zip(PARTS, filled)
@@ -148,56 +138,6 @@ def plain_adapter(
     config.use_rslora, config.inference_mode = False, True
     config.lora_bias = any(mean.bias is not None for mean in left.values())
     return config, tensors
-
-
-def mean_modules(
-    model: RankModel, guide: Guide, *, drop: bool
-) -> dict[str, MeanModule]:
-    """For each LoRA module A, scaling B diag(z) and its bias at the posterior mean.
-
-    A DoRA module keeps one component, since its magnitude is no part of a rank.
-    """
-    space = model.space
-    with torch.no_grad(), posterior_mean(model, guide):
-        drawn: Mapping[Any, Any] = space.bank.parts or {}
-        As = drawn.get("lora_A", space.weights("lora_A"))
-        Bs = drawn.get("lora_B", space.weights("lora_B"))
-        gates = drawn.get("gate", [A.new_ones(len(A)) for A in As])
-        means, dora = {}, space.dora
-        for name, layer, A, B, gate in zip(space.modules, space.layers, As, Bs, gates):
-            scaling = layer.scaling[space.adapter]
-            bias = _mean_bias(layer, space.adapter, gate)
-            if B.shape[1] != len(gate):  # a grouped convolution: rows of A are ranks
-                means[name] = MeanModule(_scaled(A, gate, 0), (B * scaling).to(B), bias)
-                continue
-            keep = gate != 0 if drop else torch.ones_like(gate, dtype=torch.bool)
-            if name in dora and not keep.any():
-                keep[0] = True
-            scaled = _scaled(B, gate * scaling, 1)
-            means[name] = MeanModule(A[keep], scaled[:, keep], bias)
-        for name, layer in space.constants.items():
-            sides: Any = layer.lora_A[space.adapter], layer.lora_B[space.adapter]
-            A, B = (side.weight for side in sides)
-            bias = _mean_bias(layer, space.adapter, A.new_ones(1))
-            rows = 0 if drop else 1
-            means[name] = MeanModule(A[:rows], B[:, :rows], bias)
-    return means
-
-
-def _is_nothing(mean: MeanModule) -> bool:
-    return len(mean.lora_A) == 0 and (mean.bias is None or not mean.bias.any())
-
-
-def _mean_bias(layer: LoraLayer, adapter: str, gate: Tensor) -> Tensor | None:
-    """``scaling (bias + B diag(1 - z) c)``: what a layer adds to any input."""
-    lora_B: Any = layer.lora_B[adapter]
-    if lora_B.bias is None:
-        return None
-    bias: Tensor = lora_B.bias
-    if hasattr(lora_B, "centre"):
-        bias = bias + constant(lora_B, 1 - gate)
-    scaled: Tensor = bias * layer.scaling[adapter]
-    return scaled
 
 
 def merge(model: RankModel, guide: Guide) -> Any:
@@ -254,27 +194,6 @@ def _refuse_what_no_adapter_holds(model: RankModel) -> None:
             f"load them; name them in LoraConfig(modules_to_save=...), or use "
             f'export_peft(..., mode="merged")'
         )
-
-
-def _scaled(weight: Tensor, factors: Tensor, dim: int) -> Tensor:
-    """``weight`` times one factor per index of ``dim``, in the wider precision."""
-    shape = [-1 if d == dim else 1 for d in range(weight.dim())]
-    return (weight * factors.to(weight.device).view(shape)).to(weight.dtype)
-
-
-def _padded(name: str, mean: MeanModule, rank: int) -> MeanModule:
-    A, B, bias = mean
-    if len(A) == rank:
-        return mean
-    if B.shape[1] != len(A):
-        raise TypeError(
-            f"{name!r} is a grouped convolution, whose ranks are tied to its groups, "
-            f'so that zeros cannot fill it up to rank {rank}; use mode="pruned"'
-        )
-    missing = rank - len(A)
-    rows = A.new_zeros(missing, *A.shape[1:])
-    columns = B.new_zeros(len(B), missing, *B.shape[2:])
-    return MeanModule(torch.cat([A, rows]), torch.cat([B, columns], 1), bias)
 
 
 def _compare(

@@ -44,7 +44,8 @@ Source: derived here; whitening and truncation, Moore (1981); the concave penalt
 that of automatic relevance determination, Wipf and Nagarajan (2007).
 """
 
-from lrvd_pyro.gauge.balancing import Change, balance, centre, hankel_values
+from lrvd_pyro.gauge.balancing import Change, balance, hankel_values
+from lrvd_pyro.gauge.centring import centre
 from lrvd_pyro.gauge.gramians import Gramians, gramians
 from lrvd_pyro.gauge.noise_to_signal import optimal_alpha
 from lrvd_pyro.gauge.one_pass import bayesianize

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from lrvd_pyro.centres import centre_at, centre_of
 from lrvd_pyro.gauge.gramians import Gramians
-from lrvd_pyro.models import GateLoRA
 from lrvd_pyro.moments import optimisers_of
 from lrvd_pyro.rank_space import RankSpace
 
@@ -24,55 +23,6 @@ class Change(NamedTuple):
 
     forward: Tensor
     backward: Tensor
-
-
-def centre(model: GateLoRA, gramians: Gramians | None) -> None:
-    """Let gates act about the means of their rank activations.
-
-    ``m + z (h - m)`` in place of ``z h``, with h = A x and m its mean. Nothing changes
-    at gates of 1. At 0 a component is held at its mean, so that what `prune` or
-    `pruning.select` removes leaves the constant ``scaling * b_i m_i`` behind: in the
-    bias that PEFT calls ``lora_bias``, which every module has from now on, frozen. Only
-    what a rank does beyond its mean is random, and selected.
-
-    Balance by covariances then: ``balance(net, gramians.centred())``, which takes the
-    centre along. A and B may train on; the point stays.
-
-    Example::
-
-        found = gramians(model, batches)
-        centre(model, found)
-        balance(net, found.centred())
-        worth = gramians(model, batches, gates="subsets").gate_fisher
-        select(model, guide, worth.argsort(descending=True).argsort() < 8)
-
-    Args:
-        model: The network as a `GateLoRA`.
-        gramians: Of that model, in its present gauge; None lets gates act about 0.
-
-    Raises:
-        ValueError: If the moments belong to other modules or ranks, or have no means.
-        TypeError: If a layer is DoRA or a grouped convolution, or the model no
-            `GateLoRA`.
-
-    The centre belongs to the adapter, as A and B do: a later model on the same network
-    has it too. What is removed with it cannot be merged into layers without a bias of
-    their own.
-
-    Source: an intercept, as in reduced-rank regression (Izenman 1975); for LoRA,
-    derived here.
-    """
-    if not isinstance(model, GateLoRA):
-        raise TypeError(
-            f"model is a {type(model).__name__}; gates are what acts about a centre: "
-            f"GateLoRA(net, num_data=len(train))"
-        )
-    if gramians is None:
-        centre_at(model.space, None)
-        return
-    _check_fit(model.space, gramians)
-    means = gramians.require_means()
-    centre_at(model.space, torch.cat([means[name] for name in model.space.modules]))
 
 
 def hankel_values(gramians: Gramians) -> dict[str, Tensor]:
@@ -153,7 +103,7 @@ def rebalance(
     if lengths not in get_args(Lengths):
         raise ValueError(f'lengths={lengths!r}; expected "balanced" or "kept"')
     space.require_live()
-    _check_fit(space, gramians)
+    check_fit(space, gramians)
     _check_mixable(space)
     weights = dict(
         zip(space.modules, zip(space.weights("lora_A"), space.weights("lora_B")))
@@ -247,7 +197,7 @@ def _states(optimizer: Any, weights: list[Tensor]) -> dict[Tensor, dict[str, Ten
     return found
 
 
-def _check_fit(space: RankSpace, gramians: Gramians) -> None:
+def check_fit(space: RankSpace, gramians: Gramians) -> None:
     """Raise unless the moments are of these modules and ranks."""
     given = {name: len(gram) for name, gram in gramians.scores.items()}
     ours = dict(zip(space.modules, space.ranks, strict=True))

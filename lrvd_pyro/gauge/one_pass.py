@@ -8,7 +8,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from lrvd_pyro.batches import check_several
-from lrvd_pyro.gauge.balancing import centre, rebalance
+from lrvd_pyro.gauge.balancing import rebalance
+from lrvd_pyro.gauge.centring import centre
 from lrvd_pyro.gauge.gramians import gramians, seeded_by
 from lrvd_pyro.gauge.noise_to_signal import optimal_alpha
 from lrvd_pyro.guides import RankDiagonal
