@@ -48,6 +48,7 @@ from torch import Tensor
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 import lrvd_pyro as lrvd
+from lrvd_pyro.centres import centre_at
 from lrvd_pyro.gauge import BalanceSchedule
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
@@ -83,6 +84,7 @@ NETS = {
 }
 BOUNDS = {  # on the first network, on the others
     GATE: (1.05, 1.03),
+    "GateLoRA about a centre, SVI": (1.05, 1.03),
     "GateLoRA, torch driver": (1.04, 1.02),
     "FactorLoRA, SVI": (1.25, 1.15),
     "horseshoe, SVI": (1.08, 1.04),
@@ -144,6 +146,13 @@ def svi_step(model: Any, batch: Batch) -> Step:
 def gate(network: Network) -> GateLoRA:
     """The rank gate under its default prior."""
     return GateLoRA(adapted(network), num_data=1000)
+
+
+def centred(network: Network) -> GateLoRA:
+    """Rank gates about a centre, as after `gauge.centre`."""
+    model = gate(network)
+    centre_at(model.space, torch.randn(model.space.size))
+    return model
 
 
 def horseshoe(network: Network) -> GateLoRA:
@@ -228,6 +237,7 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
         "LoRA": lora_step(adapted(network), batch),
         "A/A": lora_step(adapted(network), batch),
         GATE: svi_step(gate(network), batch),
+        "GateLoRA about a centre, SVI": svi_step(centred(network), batch),
         "GateLoRA, torch driver": torch_step(gate(network), batch),
         "FactorLoRA, SVI": svi_step(factor, batch),
         "horseshoe, SVI": svi_step(horseshoe(network), batch),
