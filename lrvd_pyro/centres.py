@@ -45,9 +45,9 @@ def centre_at(space: "RankSpace", centre: Tensor | None) -> None:
     grouped = [m for m in space.layers if _groups(m, space.adapter) > 1]
     if space.dora or space.sides or grouped:
         raise TypeError(
-            "a centre needs a gate for each column of lora_B, and a bias, which DoRA "
-            "layers, grouped convolutions and drawn weights have none of: use "
-            "models.GateLoRA on other layers, or centred=False"
+            "a centre needs a gate for each column of lora_B, which grouped "
+            "convolutions and drawn weights have not, and a bias, which DoRA layers "
+            "have not: use models.GateLoRA on other layers, or centred=False"
         )
     for layer, part in zip(space.layers, space.split(centre).values(), strict=True):
         lora_B: Any = layer.lora_B[space.adapter]

@@ -146,12 +146,13 @@ class WeightHook:
         if weight is None:
             return None
         x = args[0]
-        weight = weight.to(x)
+        weight, bias = weight.to(x), module.bias
         if weight.dim() == 2:
-            return F.linear(x, weight)
+            return F.linear(x, weight, bias)  # type: ignore[arg-type]
         check_rows(len(weight), x.shape[0])
         rows = x.reshape(len(weight), -1, x.shape[-1]) @ weight.transpose(1, 2)
-        return rows.reshape(output.shape)
+        rows = rows.reshape(output.shape)
+        return rows if bias is None else rows + bias  # type: ignore[operator]
 
 
 def own_hooks(

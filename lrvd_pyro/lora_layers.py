@@ -88,11 +88,6 @@ def _check_layer(name: str, layer: LoraLayer, adapter: str, linear: bool) -> Non
             f"{name!r} uses {variant}, which is not W0 x + scaling B diag(z) A x; "
             f"use plain LoRA, rsLoRA, or DoRA on linear layers"
         )
-    if linear and layer.lora_bias.get(adapter):
-        raise TypeError(
-            f"{name!r} has lora_bias=True, which drawn weights A and B leave out; use "
-            f"models.GateLoRA, or LoraConfig(lora_bias=False)"
-        )
     if linear and not isinstance(layer.lora_B[adapter], nn.Linear):
         raise TypeError(
             f"{name!r} is a LoRA {kind} layer; drawn weights A and B need Linear or "

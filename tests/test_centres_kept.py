@@ -25,7 +25,7 @@ from lrvd_pyro.gauge import (
 )
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.likelihoods import Categorical
-from lrvd_pyro.models import FactorLoRA, GateLoRA
+from lrvd_pyro.models import GateLoRA
 from lrvd_pyro.pruning import select
 
 pytestmark = pytest.mark.filterwarnings(nets.GROUPED)
@@ -127,7 +127,6 @@ def test_a_centre_belongs_to_the_adapter_until_it_is_taken_away() -> None:
     assert not config.lora_bias and not any(
         m.lora_bias["default"] for m in again.space.layers
     )
-    FactorLoRA(net, num_data=60)
 
 
 def test_a_pass_that_fails_leaves_no_centre() -> None:

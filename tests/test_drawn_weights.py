@@ -21,8 +21,17 @@ WEIGHED: dict[str, tuple[Callable[[], PeftModel], Callable[[], Any]]] = {
         lambda: nets.perceptron(rank_pattern={"out": 2}),
         lambda: torch.randn(3, 5),
     ),
+    "lora_bias": (lambda: with_biases(), lambda: torch.randn(3, 7, 5)),
     "Conv1D": (lambda: nets.gpt2().eval(), lambda: torch.randint(0, 50, (3, 4))),
 }
+
+
+def with_biases() -> PeftModel:
+    net = nets.perceptron(lora_bias=True)
+    for name, parameter in net.named_parameters():
+        if name.endswith("lora_B.default.bias"):
+            nn.init.normal_(parameter)
+    return net
 
 
 def output(net: nn.Module, x: Tensor) -> Tensor:

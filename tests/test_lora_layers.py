@@ -77,13 +77,10 @@ def test_a_layer_that_cannot_be_gated_is_refused_with_the_way_out(kind: str) -> 
     assert hooks(net) == 0
 
 
-def test_drawn_weights_need_linear_layers_without_a_bias_of_their_own() -> None:
+def test_drawn_weights_need_linear_layers() -> None:
     message = "'first' is a LoRA Conv2d layer; drawn weights.*use models.GateLoRA"
     with pytest.raises(TypeError, match=message):
         FactorLoRA(nets.conv(), num_data=10)
-    message = "'hidden' has lora_bias=True, which drawn weights.*use models.GateLoRA"
-    with pytest.raises(TypeError, match=message):
-        FactorLoRA(nets.perceptron(lora_bias=True), num_data=10)
 
 
 def test_a_module_that_the_first_forward_pass_does_not_reach_is_an_error() -> None:

@@ -69,9 +69,10 @@ def test_predictions_are_the_same_bit_for_bit_and_peft_has_the_mean(
     exactly(plain_logits(fresh(net), path, inputs), mean)
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("sides", [("lora_A",), PAIR])
-def test_factor_lora_comes_back(sides: Any, tmp_path: Path) -> None:
-    net, inputs = nets.bert(), tokens(4, labels=False)
+def test_factor_lora_comes_back(sides: Any, bias: bool, tmp_path: Path) -> None:
+    net, inputs = nets.bert(lora_bias=bias), tokens(4, labels=False)
     model = FactorLoRA(net, num_data=60, sides=sides)
     guide = perturbed(model)
     path = save(tmp_path / "run", model, guide)
