@@ -233,21 +233,26 @@ def show(frame: pd.DataFrame) -> str:
 
 def picture(frame: pd.DataFrame, path: Path) -> None:
     """Energy against the components of a module, accuracy against those of all."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
+    of_orders = frame["order"].dropna().replace("", pd.NA).dropna().unique()
+    colours = {order: f"C{i}" for i, order in enumerate(sorted(of_orders))}
+    style: Line = {"marker": "o", "ms": 3, "lw": 1}
     energy = frame[frame["table"] == "energy"]
     for ax, metric in zip(axes, ("Frobenius", "whitened")):
         for order, rows in energy[energy["metric"] == metric].groupby("order"):
             curve = torch.tensor(rows["energy"].tolist()).mean(0)
-            ax.plot(range(1, len(curve) + 1), curve, "o-", ms=3, lw=1, label=order)
+            ks = range(1, len(curve) + 1)
+            ax.plot(ks, curve, color=colours[str(order)], **style)
         ax.set(xlabel="components of a module", title=f"energy kept, {metric} norm")
     orders = frame[(frame["table"] == "order") & (frame["k"] < 96)]
     for order, rows in orders.groupby("order"):
         mean = rows.groupby("k")["accuracy"].mean()
-        axes[2].plot(mean.index, mean, "o-", ms=3, lw=1, label=order)
+        colour = colours[str(order)]
+        axes[2].plot(mean.index, mean, color=colour, label=order, **style)
     full = frame[(frame["table"] == "order") & (frame["k"] == 96)]["accuracy"].mean()
     axes[2].axhline(full, color="grey", lw=0.8, ls="--", label="all 96")
     axes[2].set(xlabel="components kept, of 96", title="accuracy on test")
-    axes[2].legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(path, dpi=90)
 
 
