@@ -19,6 +19,7 @@ from lrvd_pyro.layout import (
     check_layout,
     layout_of,
     ranks_left,
+    room_for_centres,
     stored_tensors,
 )
 from lrvd_pyro.models.base import RankModel
@@ -143,17 +144,20 @@ def resume(
     """
     path = Path(path).resolve()
     kinds = _kinds(model, guide, optimizer, elbo, sampler, schedule)
-    present = stored_tensors(model, guide)
+    stored_tensors(model, guide)  # refuses the pair before the file is opened
     state = packed.read(path)
     _check_kinds(path, state["kinds"], kinds)
-    keep = ranks_left(path, model, state["ranks"])
-    staying = check_layout(path, model, guide, keep, present, state["layout"])
-    check_base(path, model, state["base"])
-    trains = {name for name, (*_, trains) in state["layout"].items() if trains}
-    still = {n: t for n, t in staying.items() if n in trains or not t.requires_grad}
-    check_optimizer(path, optimizer, present, still, state["optimizer"])
-    if isinstance(sampler, ResumableSampler):
-        sampler.check(state["sampler"])
+    layout = state["layout"]
+    with room_for_centres(model, layout):
+        present = stored_tensors(model, guide)
+        keep = ranks_left(path, model, state["ranks"])
+        staying = check_layout(path, model, guide, keep, present, layout)
+        check_base(path, model, state["base"])
+        trains = {name for name, (*_, trains) in layout.items() if trains}
+        still = {n: t for n, t in staying.items() if n in trains or not t.requires_grad}
+        check_optimizer(path, optimizer, present, still, state["optimizer"])
+        if isinstance(sampler, ResumableSampler):
+            sampler.check(state["sampler"])
     if not keep.all():
         select(model, cast(RankDiagonal, guide), keep, optimizer)
     # Nothing below fails.

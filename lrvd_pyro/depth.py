@@ -14,7 +14,7 @@ from lrvd_pyro.pruning import check_pair, select
 def free_lower_layers(
     model: GateLoRA,
     guide: RankDiagonal,
-    hankel_values: Mapping[str, Tensor],
+    hankel_values: Mapping[str, Tensor] | None,
     optimizer: Any = None,
     *,
     share: float = 1 / 3,
@@ -41,13 +41,15 @@ def free_lower_layers(
             if step == 50:
                 found = gather.found()
                 centre(model, found)
-                free_lower_layers(model, guide, hankel_values(found), svi.optim)
+                sizes = hankel_values(found.centred())
+                free_lower_layers(model, guide, sizes, svi.optim)
                 gather.close()
 
     Args:
         model: The `GateLoRA` in training.
         guide: Its `RankDiagonal`.
-        hankel_values: t of each module, from `gauge.hankel_values`.
+        hankel_values: t of each module, from `gauge.hankel_values`; None where
+            ``layers`` are given.
         optimizer: What trains them, as in `prune`.
         share: From 0 to below 1.
         layers: How many layers to free instead, if not None.
@@ -70,42 +72,38 @@ def free_lower_layers(
     Source: freezing lower layers early, Brock et al. (2017, arXiv 1706.04983); which
     ones, by the balanced singular values, derived here.
     """
-    _check(model, guide, hankel_values, share)
-    space = model.space
-    energy = torch.cat([hankel_values[name].cpu().square() for name in space.modules])
-    layer = torch.tensor(space.coordinates["layer"])
+    check_pair(model, guide)
+    if dora := model.space.dora:
+        raise TypeError(
+            f"the DoRA layer {dora[0]!r} cannot be left without a rank; use plain LoRA "
+            f"(LoraConfig(use_dora=False))"
+        )
+    layer = torch.tensor(model.space.coordinates["layer"])
     layer[layer < 0] = layer.max() + 1
     numbers = layer.unique()
     if layers is None:
+        energy = _energy(model, hankel_values, share)
         below = [energy[layer <= n].sum() for n in numbers[:-1]]
         layers = sum(bool(part <= share * energy.sum()) for part in below)
-    if not 0 <= layers < len(numbers):
+    if layers not in range(len(numbers)):
         raise ValueError(
             f"layers={layers}; expected 0 to {len(numbers) - 1}: {len(numbers)} layers "
             f"have ranks, and the highest stays"
         )
-    keep: Tensor = layer >= numbers[layers]
+    keep: Tensor = layer >= numbers[int(layers)]
     select(model, guide, keep, optimizer)
     return keep
 
 
-def _check(
-    model: GateLoRA, guide: RankDiagonal, hankel_values: Any, share: float
-) -> None:
-    """Raise unless these are usable values of this model."""
-    check_pair(model, guide)
+def _energy(model: GateLoRA, hankel_values: Any, share: float) -> Tensor:
+    """``t^2`` of each component, (R,), if a share of their sum means something."""
+    space = model.space
     if not 0 <= share < 1:
         raise ValueError(f"share={share}; expected a number from 0 to below 1")
-    space = model.space
     if not isinstance(hankel_values, Mapping):
         raise TypeError(
             f"got {type(hankel_values).__name__}; expected t by module: "
             f"hankel_values(gramians(model, batches))"
-        )
-    if space.dora:
-        raise TypeError(
-            f"the DoRA layer {space.dora[0]!r} cannot be left without a rank; use "
-            f"plain LoRA (LoraConfig(use_dora=False))"
         )
     given = {name: len(t) for name, t in hankel_values.items()}
     if given != dict(zip(space.modules, space.ranks, strict=True)):
@@ -119,3 +117,4 @@ def _check(
             f"the Hankel values sum to {total}; expected finite ones, not all 0: "
             f"nothing was gathered, or no module's B has moved yet; train first"
         )
+    return torch.cat([hankel_values[name].cpu().square() for name in space.modules])

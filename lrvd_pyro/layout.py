@@ -1,6 +1,7 @@
 """The tensors of a model and its guide by name, and whether saved ones fit them."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lrvd_pyro.base_net import Fingerprint, differences, fingerprint
+from lrvd_pyro.centres import centre_at, centre_of
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.naming import waits_for_first_call
 from lrvd_pyro.plain_peft import plain_name
@@ -53,6 +55,24 @@ def stored_tensors(model: RankModel, guide: Any) -> dict[str, Tensor]:
                 if buffer is not None and key not in part._non_persistent_buffers_set:
                     tensors[f"{name}.{key}"] = buffer
     return tensors
+
+
+@contextmanager
+def room_for_centres(model: RankModel, saved: Layout) -> Iterator[None]:
+    """Let gates act about 0, as they do, where a run's acted about a centre.
+
+    If the block fails, there is no centre again.
+    """
+    had = any(name.endswith(".centre") for name in saved)
+    if not had or centre_of(model.space):
+        yield
+        return
+    centre_at(model.space, torch.zeros(model.space.size))
+    try:
+        yield
+    except BaseException:
+        centre_at(model.space, None)
+        raise
 
 
 def layout_of(

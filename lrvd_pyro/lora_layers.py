@@ -7,6 +7,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from lrvd_pyro.centres import Constant
+
 # Layer kinds that send their rank activations through the module lora_B.
 GATED = {"Linear", "Conv1d", "Conv2d", "Conv3d", "Linear8bitLt", "Linear4bit"}
 VARIANTS = {"DoraLinearVariant"}
@@ -88,7 +90,8 @@ def _check_layer(name: str, layer: LoraLayer, adapter: str, linear: bool) -> Non
             f"{name!r} uses {variant}, which is not W0 x + scaling B diag(z) A x; "
             f"use plain LoRA, rsLoRA, or DoRA on linear layers"
         )
-    if linear and not isinstance(layer.lora_B[adapter], nn.Linear):
+    drawable = isinstance(layer.lora_B[adapter], nn.Linear | Constant)
+    if linear and not drawable:
         raise TypeError(
             f"{name!r} is a LoRA {kind} layer; drawn weights A and B need Linear or "
             f"Conv1D layers: use models.GateLoRA, or leave it out of target_modules"

@@ -16,7 +16,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lrvd_pyro.centres import is_constant, leave_centres
+from lrvd_pyro.centres import is_constant, leave_centres, refuse_centres
 from lrvd_pyro.groups import Coordinates, Groups, Level
 from lrvd_pyro.hooks import (
     Bank,
@@ -56,7 +56,8 @@ class RankSpace:
         constants: LoRA modules without rank, of which a bias is left, by name.
 
     Raises:
-        TypeError: If ``net`` is no PEFT model, or a layer kind cannot be gated.
+        TypeError: If ``net`` is no PEFT model, a layer kind cannot be gated, or weights
+            are to be drawn where gates act about a centre.
         ValueError: If the adapter is unknown, ambiguous or has no LoRA layer.
         RuntimeError: If ``net`` or a part of it was compiled before.
     """
@@ -73,6 +74,8 @@ class RankSpace:
         found = find_layers(net, self.adapter, linear=bool(sides))
         layers = {n: m for n, m in found.items() if not is_constant(m, self.adapter)}
         self.constants = {n: m for n, m in found.items() if n not in layers}
+        if sides:
+            refuse_centres(layers.values(), self.adapter)
         self.modules = tuple(layers)
         self.layers: tuple[LoraLayer, ...] = tuple(layers.values())
         self.ranks = tuple(layer.r[self.adapter] for layer in self.layers)

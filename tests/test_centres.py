@@ -221,3 +221,15 @@ def test_a_centre_that_does_not_fit_is_refused() -> None:
         centre(model, Gramians(moments.activations, moments.scores))
     with pytest.raises(ValueError, match="no means, or are centred already; take"):
         moments.centred().centred()
+    assert not len(moments.centred().gate_fisher)
+
+
+def test_a_centre_that_overflows_leaves_the_adapter_as_it_was() -> None:
+    net = perceptron()
+    moments = found(net, [rows(9, 5)])
+    centre_at(lrvd.RankSpace(net.half()), torch.full((8,), 6e4))
+    before = [w.clone() for pair in weights(net) for w in pair]
+    with pytest.raises(ValueError, match="finite in torch.float16"):
+        balance(net, moments.centred())
+    after = [w for pair in weights(net) for w in pair]
+    assert all(torch.equal(a, b) for a, b in zip(before, after))

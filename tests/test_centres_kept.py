@@ -25,7 +25,7 @@ from lrvd_pyro.gauge import (
 )
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.likelihoods import Categorical
-from lrvd_pyro.models import GateLoRA
+from lrvd_pyro.models import FactorLoRA, GateLoRA
 from lrvd_pyro.pruning import select
 
 pytestmark = pytest.mark.filterwarnings(nets.GROUPED)
@@ -70,9 +70,11 @@ def test_a_centred_posterior_comes_back_bit_for_bit(kind: str, tmp_path: Path) -
 def test_a_killed_run_goes_on_with_centres_and_biases(
     driver: str, bias: bool, tmp_path: Path
 ) -> None:
-    def begun() -> dict[str, Any]:
+    def begun(*, about_a_centre: bool = False) -> dict[str, Any]:
         torch.manual_seed(0)
-        model, _ = centred(perceptron(lora_bias=bias))
+        model = GateLoRA(perceptron(lora_bias=bias), num_data=60)
+        if about_a_centre:
+            centre_at(model.space, torch.randn(model.space.size))
         guide = RankDiagonal(model)
         optim: Any = lrvd.optim.AdamW(lr=1e-2)
         if driver == "torch":
@@ -86,14 +88,19 @@ def test_a_killed_run_goes_on_with_centres_and_biases(
         runs.step({**run, "schedule": []}, **batch)
         return runs.bits([*run["model"].state_dict().values()])
 
-    run = begun()
+    run = begun(about_a_centre=True)
     step(run)
     select(run["model"], run["guide"], some(run["model"].space), run["optimizer"])
     path = tmp_path / "run.safetensors"
     lrvd.checkpoint(path, **run)
     expected = [step(run), step(run)]
     again = begun()
-    centre_at(again["model"].space, torch.zeros(again["model"].space.size))
+    frozen = again["model"].base_net.get_base_model().out.base_layer.bias
+    before, frozen.data = frozen.data, frozen.data + 1
+    with pytest.raises(ValueError, match="another base"):
+        lrvd.resume(path, **again)
+    assert not centre_of(again["model"].space)
+    frozen.data = before
     lrvd.resume(path, **again)
     assert [step(again), step(again)] == expected
 
@@ -123,23 +130,68 @@ def test_a_centre_belongs_to_the_adapter_until_it_is_taken_away() -> None:
     model.space.close()
     again = GateLoRA(net, num_data=60)
     exactly(where(again), point)
+    with pytest.raises(TypeError, match="about a centre, which drawn weights"):
+        FactorLoRA(net, num_data=60)
     centre(again, None)
+    FactorLoRA(net, num_data=60)
+    assert not net.peft_config["default"].lora_bias
     assert not config.lora_bias and not any(
         m.lora_bias["default"] for m in again.space.layers
     )
 
 
-def test_a_pass_that_fails_leaves_no_centre() -> None:
+@pytest.mark.parametrize("left", [1, 15])
+def test_biases_of_0_beside_others_are_kept_and_come_back(
+    left: int, tmp_path: Path
+) -> None:
+    net, inputs = bert(), tokens(4, labels=False)
+    model, _ = centred(net)
+    guide = learned(model)
+    select(model, guide, torch.arange(16) < left)
+    centre(model, None)
+    pair = lrvd.load(lrvd.save(tmp_path / "run", model, guide), fresh(net))
+    same_predictions((model, guide), pair, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_constants_come_back_in_half_precision(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    net, inputs = bert().to(dtype), tokens(4, labels=False)
+    model, _ = centred(net)
+    guide = learned(model)
+    select(model, guide, some(model.space))
+    path = lrvd.save(tmp_path / "run", model, guide)
+    pair = lrvd.load(path, fresh(net).to(dtype))
+    same_predictions((model, guide), pair, inputs)
+
+
+def test_files_of_pefts_own_have_what_freed_layers_leave(tmp_path: Path) -> None:
+    net, inputs = bert(), tokens(4, labels=False)
+    model, _ = centred(net)
+    layer = torch.tensor(model.space.coordinates["layer"])
+    select(model, RankDiagonal(model), layer == 1)
+    with pytest.warns(UserWarning, match="have invalid shape"):  # PEFT of any bias
+        net.save_pretrained(str(tmp_path / "run"))
+    with pytest.warns(UserWarning, match="missing adapter keys"):  # of the zeros
+        plain = plain_logits(fresh(net), tmp_path / "run", inputs)
+    exactly(plain, net.eval()(**inputs).logits)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_pass_that_fails_leaves_the_centre_that_was(passes: int) -> None:
     class Interrupted(list[Any]):
-        passes = 0
+        left = passes
 
         def __iter__(self) -> Any:
-            self.passes += 1
-            if self.passes == 2:
+            self.left -= 1
+            if self.left == 0:
                 raise KeyboardInterrupt
             return super().__iter__()
 
     net = perceptron()
+    if passes == 1:
+        centred(net)
     with pytest.raises(KeyboardInterrupt):
         bayesianize(
             net,
@@ -148,8 +200,8 @@ def test_a_pass_that_fails_leaves_no_centre() -> None:
             num_data=9,
             centred=True,
         )
-    assert not centre_of(lrvd.RankSpace(net))
-    assert nets.hooks(net) == 2  # of the RankSpace above
+    found = centre_of(lrvd.RankSpace(net))
+    assert bool(found) is (passes == 1)
 
 
 class NoBias(torch.nn.Module):

@@ -176,6 +176,7 @@ class Bayesian(Run):
             self.gather.close()
             if means_left:
                 centre(self.model, found)
+                found = found.centred()
             sizes = hankel_values(found)
             lrvd.free_lower_layers(self.model, self.guide, sizes, self.optim, **which)
             self.gather = None

@@ -23,7 +23,8 @@ The mean of h needs no rank: a constant is a bias. Let gates act about it
 (`centre`, or ``bayesianize(..., centred=True)``) and take covariances for G
 (`Gramians.centred`); then all of the above holds with S the covariance of the inputs,
 what is removed leaves its mean behind, and on one linear layer the first k components
-are the best affine update of rank k, as the theorem of Eckart and Young has it.
+are the best affine update of rank k in the metric H, as the theorem of Eckart and Young
+has it.
 
 What is only seen. That gradient descent hardly moves along the gauge, so that training
 alone stays far from that basis; that in the balanced gauge an eighth of the ranks keeps

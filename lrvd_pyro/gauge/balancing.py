@@ -6,7 +6,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lrvd_pyro.centres import centre_at, centre_of
+from lrvd_pyro.centres import centre_at, centre_of, check_centre
 from lrvd_pyro.gauge.gramians import Gramians
 from lrvd_pyro.moments import optimisers_of
 from lrvd_pyro.rank_space import RankSpace
@@ -114,6 +114,7 @@ def rebalance(
         if b.any() and all(gram.any() for gram in moments):
             changes[name] = _change(*moments, a, DEAD if lengths == "balanced" else 1)
     states = _states(optimizer, [w for name in changes for w in weights[name]])
+    point = _moved_centre(space, changes)
     for name, (forward, backward) in changes.items():
         a, b = weights[name]
         _mix_rows(a, forward)
@@ -122,7 +123,8 @@ def rebalance(
             _mix_rows(value, _power(backward.T, key))
         for key, value in states.get(b, {}).items():
             _mix_columns(value, _power(forward.T, key))
-    _move_centre(space, changes)
+    if point is not None:
+        centre_at(space, point)
     return changes
 
 
@@ -151,12 +153,15 @@ def _change(activations: Tensor, scores: Tensor, lora_A: Tensor, dead: float) ->
     return Change(size[:, None] * whiten, unwhiten / size)
 
 
-def _move_centre(space: RankSpace, changes: dict[str, Change]) -> None:
-    """Gates go on acting about the same points, in the new basis."""
-    if points := centre_of(space):
-        points = {name: point.double().cpu() for name, point in points.items()}
-        points |= {name: changes[name].forward @ points[name] for name in changes}
-        centre_at(space, torch.cat([points[name] for name in space.modules]))
+def _moved_centre(space: RankSpace, changes: dict[str, Change]) -> Tensor | None:
+    """The points about which gates act, in the new basis; checked."""
+    points = {name: point.double().cpu() for name, point in centre_of(space).items()}
+    if not points:
+        return None
+    points |= {name: changes[name].forward @ points[name] for name in changes}
+    moved = torch.cat([points[name] for name in space.modules])
+    check_centre(space, moved)
+    return moved
 
 
 def _mix_rows(tensor: Tensor, matrix: Tensor) -> None:

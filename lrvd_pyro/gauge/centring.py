@@ -37,9 +37,9 @@ def centre(model: GateLoRA, gramians: Gramians | None) -> None:
         TypeError: If a layer is DoRA or a grouped convolution, or the model no
             `GateLoRA`.
 
-    The centre belongs to the adapter, as A and B do: a later model on the same network
-    has it too. What is removed with it cannot be merged into layers without a bias of
-    their own.
+    The centre belongs to the adapter, as A and B do: a later `GateLoRA` on the same
+    network has it too, and `FactorLoRA` refuses it. What is removed with it cannot be
+    merged into layers without a bias of their own.
 
     Source: an intercept, as in reduced-rank regression (Izenman 1975); for LoRA,
     derived here.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import pyro
@@ -46,7 +46,7 @@ class Gramians:
     means: dict[str, Tensor] = field(default_factory=dict)
 
     def centred(self, about: Mapping[str, Tensor] | None = None) -> "Gramians":
-        """The same with activations ``mean (h - c) (h - c)^T``, and without means.
+        """The scores, and ``mean (h - c) (h - c)^T`` for the activations; no more.
 
         Args:
             about: c of each module, r; None for the means: G is then a covariance, and
@@ -63,7 +63,7 @@ class Gramians:
             found = gram - torch.outer(mean, mean)
             varies = found.trace() > ROUNDING * gram.trace()
             activations[name] = found * varies + torch.outer(off, off)
-        return replace(self, activations=activations, means={})
+        return Gramians(activations, self.scores)
 
     def require_means(self) -> dict[str, Tensor]:
         """The means of all modules, or a ValueError."""

@@ -50,7 +50,8 @@ def bayesianize(
         balance: False leaves the gauge as training left it; unless ``centred``, one
             pass is enough then.
         centred: Let gates act about the mean of their rank's activations. What `prune`
-            removes then leaves its mean behind, in a bias: see `gauge.centre`.
+            removes then leaves its mean behind, in a bias: see `gauge.centre`. False
+            takes away a centre that the adapter had.
         generator: Of the sampled labels.
         progress: Show a bar for each pass.
 
@@ -79,16 +80,19 @@ def bayesianize(
         net, prior=prior, likelihood=likelihood, num_data=num_data, adapter=adapter
     )
     options: dict[str, Any] = {"generator": generator, "progress": progress}
+    ours = False
     try:
         found = gramians(model, batches, **options)
         centre(model, found if centred else None)
+        ours = centred
         if balance:
             moments = found.centred() if centred else found
             rebalance(model.space, moments, None, "kept")
         if balance or centred:
             found = gramians(model, batches, **options)
     except BaseException:
-        centre(model, None)
+        if ours:
+            centre(model, None)
         model.space.close()
         model.release()
         raise
