@@ -27,10 +27,10 @@ class RankDiagonal(UniqueModule):
     components with which the gate scales is held at 1, the others are learned: of a
     scale shared by several ranks, of a logit. Under a scale-free prior (`LogUniform`,
     `ARD`) that loses nothing while B trains, since B absorbs the mean (about a centre,
-    `gauge.centre`, all but a constant of it). Under a prior
-    with a scale it is a choice: a rank that no datum wants rests where the KL is least
-    at mean 1 (at alpha = s^2 under ``Normal(s)``), so that effective ranks do not
-    compare across priors; ``learn_mean=True`` lets such gates fall to 0.
+    `gauge.centre`, all but a constant of it). Under a prior with a scale it is a
+    choice: a rank that no datum wants rests where the KL is least at mean 1 (at
+    alpha = s^2 under ``Normal(s)``), so that effective ranks do not compare across
+    priors; ``learn_mean=True`` lets such gates fall to 0.
 
     For `FactorLoRA` this makes a `TiedDiagonal`: every element of row i of A (and of
     column i of B) is Normal around its present value with the one variance

@@ -153,6 +153,7 @@ def resume(
         keep = ranks_left(path, model, state["ranks"])
         staying = check_layout(path, model, guide, keep, present, layout)
         check_base(path, model, state["base"])
+        # a bias that became a constant left the optimiser, and stays
         trains = {name for name, (*_, trains) in layout.items() if trains}
         still = {n: t for n, t in staying.items() if n in trains or not t.requires_grad}
         check_optimizer(path, optimizer, present, still, state["optimizer"])

@@ -75,8 +75,8 @@ def export_peft(
     Raises:
         ValueError: If ``path`` is not empty, nothing is left to export, the adapter
             alone does not make the network, "merged" meets a bias and a layer without
-            one, or the probe's logits differ by more than
-            1e-5 of the largest (2e-2 in half precision). Nothing is written then.
+            one, or the probe's logits differ by more than 1e-5 of the largest (2e-2 in
+            half precision). Nothing is written then.
         TypeError: If a layer cannot be padded, or "merged" meets no Transformers net.
         RuntimeError: If the adapter is merged, disabled, inactive or deleted.
     """

@@ -10,8 +10,8 @@ every time; seconds are those of the training loop, divided by LoRA's.
 - "GateLoRA, freed at 1/3" and "at 1/2": the first epoch runs in half batches, so that
   no step of it keeps more than half of LoRA's bytes; then `free_lower_layers` removes
   the ranks of the lowest layers that hold at most this share;
-- "GateLoRA, 3 layers freed": the same with three layers, the fewest that bring the time
-  below 0.8; their ranks leave their means behind as a bias.
+- "GateLoRA, 3 layers freed": the same with three layers, chosen to bring the time below
+  0.8; their ranks leave their means behind as a bias.
 
 "bytes" is the most that autograd kept for a backward pass over the run, parameters left
 out; "nll" and "ece" are of 8 samples where there is a posterior, accuracy is of its
