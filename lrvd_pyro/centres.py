@@ -56,7 +56,7 @@ def check_centre(space: "RankSpace", centre: Tensor) -> None:
             f"{float(centre.abs().max())}; expected ({space.size},), finite in "
             f"{exact.dtype}"
         )
-    grouped = [m for m in space.layers if _groups(m, space.adapter) > 1]
+    grouped = [m for m in space.layers if groups_of(m, space.adapter) > 1]
     if space.dora or space.sides or grouped:
         raise TypeError(
             "a centre needs a gate for each column of lora_B, which grouped "
@@ -166,5 +166,6 @@ def _tell_peft(space: "RankSpace", *, lora_bias: bool) -> None:
     space.net.peft_config[space.adapter] = config
 
 
-def _groups(layer: LoraLayer, adapter: str) -> int:
+def groups_of(layer: LoraLayer, adapter: str) -> int:
+    """The groups of a convolution, to which its ranks are tied; 1 of other layers."""
     return getattr(layer.lora_B[adapter], "groups", 1)

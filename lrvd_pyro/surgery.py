@@ -10,7 +10,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from lrvd_pyro.centres import hold_constant
+from lrvd_pyro.centres import groups_of, hold_constant
 
 if TYPE_CHECKING:
     from lrvd_pyro.rank_space import RankSpace
@@ -64,7 +64,7 @@ def layer_cuts(name: str, layer: LoraLayer, adapter: str, keep: Tensor) -> Cuts:
     index = keep.nonzero().squeeze(-1)
     if len(index) == len(keep):
         return {}
-    if getattr(layer.lora_B[adapter], "groups", 1) > 1:
+    if groups_of(layer, adapter) > 1:
         raise TypeError(
             f"{name!r} is a grouped convolution, whose ranks are tied to its groups; "
             f"leave it out of target_modules to select ranks"

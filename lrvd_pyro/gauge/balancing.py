@@ -6,7 +6,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lrvd_pyro.centres import centre_at, centre_of, check_centre
+from lrvd_pyro.centres import centre_at, centre_of, check_centre, groups_of
 from lrvd_pyro.gauge.gramians import Gramians
 from lrvd_pyro.moments import optimisers_of
 from lrvd_pyro.rank_space import RankSpace
@@ -222,7 +222,7 @@ def check_fit(space: RankSpace, gramians: Gramians) -> None:
 def _check_mixable(space: RankSpace) -> None:
     """Raise unless rank components of every module can be mixed."""
     for name, layer in zip(space.modules, space.layers, strict=True):
-        if getattr(layer.lora_B[space.adapter], "groups", 1) > 1:
+        if groups_of(layer, space.adapter) > 1:
             raise TypeError(
                 f"{name!r} is a grouped convolution, whose ranks are tied to its "
                 f"groups; leave it out of target_modules, or give "
