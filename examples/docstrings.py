@@ -1,4 +1,4 @@
-"""A small labelled corpus that every installation has: its libraries' docstrings.
+"""A small labeled corpus that every installation has: its libraries' docstrings.
 
 The label of a sentence is the library it documents. The installed sources are parsed,
 not imported, so reading has no side effects; the sentences vary with the versions

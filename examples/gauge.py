@@ -39,9 +39,9 @@ from tqdm import tqdm
 import lrvd_pyro as lrvd
 from lrvd_pyro.gauge import BalanceSchedule
 from lrvd_pyro.guides import RankDiagonal, multivariate_normal
-from lrvd_pyro.likelihoods import data_plate
+from lrvd_pyro.likelihoods.base import data_plate
 from lrvd_pyro.models import GateLoRA
-from lrvd_pyro.priors import LogUniform
+from lrvd_pyro.priors.log_uniform import LogUniform
 
 INPUTS, OUTPUTS, RANK, R, EXAMPLES = 24, 16, 4, 12, 1000
 STEPS, LR, EVERY = 3000, 1e-2, 200

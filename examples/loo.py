@@ -27,8 +27,8 @@ from transformers.utils import logging
 
 import lrvd_pyro as lrvd
 from lrvd_pyro import priors
+from lrvd_pyro.diagnostics.arviz import to_arviz
 from lrvd_pyro.guides import multivariate_normal
-from lrvd_pyro.inference_data import to_arviz
 from lrvd_pyro.models import GateLoRA
 
 STEPS, SAMPLES, PARTICLES = 400, 1000, 4

@@ -36,9 +36,9 @@ from transformers import AutoModel
 
 import lrvd_pyro as lrvd
 from lrvd_pyro import guides, priors
+from lrvd_pyro.inference.per_example import PerExample
 from lrvd_pyro.models import GateLoRA
-from lrvd_pyro.noise import PerExample
-from lrvd_pyro.predict import draw_latents
+from lrvd_pyro.predictive.draws import draw_latents
 
 PER_LIBRARY, HIDDEN, RANK, LORA_STEPS = 110, 64, 8, 30
 CHAINS, WARMUP, DRAWS, STEPS, PARTICLES = 4, 400, 500, 1000, 4
@@ -58,7 +58,7 @@ FOOT = """\
 Means over gates; distances in NUTS's standard deviations. NUTS's own row is two of its
 chains against the other two: the noise of the judge.
 
-Seed 0: under the Gaussian every guide is centred. Mean field is too sure, 0.88 of the
+Seed 0: under the Gaussian every guide is centered. Mean field is too sure, 0.88 of the
 width of NUTS, 0.42 for a correlated gate, as NUTS's covariance says it must be; with a
 covariance, or by Laplace, the widths are right. Under the horseshoe the Gaussian guides
 are near; Laplace's mode is off by 0.2 sd. All of it is given A and B, held fixed.
@@ -96,7 +96,7 @@ class Head(nn.Module):
 
 @torch.no_grad()
 def features(data: Text) -> Tensor:
-    """MiniLM's mean-pooled sentence vectors, each coordinate standardised."""
+    """MiniLM's mean-pooled sentence vectors, each coordinate standardized."""
     net = AutoModel.from_pretrained(MINILM, dtype=torch.float32).eval()
     pooled = []
     for batch in Encoded(data, max_length=32).in_order():
@@ -200,9 +200,9 @@ def picture(results: Results, path: Path) -> None:
     for axis, prior in zip(axes, PRIORS):
         for i, method in enumerate(["NUTS", *GUIDES]):
             low, median, high = results[prior, method].quantiles()
-            x, colour = places + 0.15 * (i - 2), f"C{i - 1}" if i else "black"
-            axis.vlines(x, low, high, colour, label=method)
-            axis.plot(x, median, "o", color=colour, markersize=3)
+            x, color = places + 0.15 * (i - 2), f"C{i - 1}" if i else "black"
+            axis.vlines(x, low, high, color, label=method)
+            axis.plot(x, median, "o", color=color, markersize=3)
         axis.set_xticks(places, LABELS, rotation=45)
         axis.set_title(f"gate, median and 90% interval, under {prior}", fontsize=10)
     handles, names = axes[0].get_legend_handles_labels()

@@ -13,8 +13,9 @@ from torch import Tensor
 
 import lrvd_pyro as lrvd
 from lrvd_pyro.gauge import bayesianize, gramians, optimal_alpha
-from lrvd_pyro.likelihoods import Categorical
-from lrvd_pyro.priors import ARD, LogUniform, Normal
+from lrvd_pyro.likelihoods.categorical import Categorical
+from lrvd_pyro.priors.gaussian import ARD, Normal
+from lrvd_pyro.priors.log_uniform import LogUniform
 
 SAMPLES = 16
 Predict = Callable[[Encoded], Tensor]
@@ -112,9 +113,9 @@ POSTERIORS: dict[str, tuple[Callable[..., Built], bool]] = {
         partial(one_pass, prior=partial(LogUniform, 2.0)),
         True,
     ),
-    "centred gauge": (partial(one_pass, centred=True), True),
-    "centred, multiplicity 2": (
-        partial(one_pass, centred=True, prior=partial(LogUniform, 2.0)),
+    "centered gauge": (partial(one_pass, centered=True), True),
+    "centered, multiplicity 2": (
+        partial(one_pass, centered=True, prior=partial(LogUniform, 2.0)),
         True,
     ),
     "balanced, multiplicity 4": (

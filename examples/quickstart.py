@@ -36,9 +36,9 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.utils import logging
 
 import lrvd_pyro as lrvd
-from lrvd_pyro.calibration import scores
+from lrvd_pyro.diagnostics.calibration import scores
 from lrvd_pyro.guides import RankDiagonal
-from lrvd_pyro.likelihoods import Categorical, CategoricalPrediction
+from lrvd_pyro.likelihoods.categorical import Categorical, CategoricalPrediction
 from lrvd_pyro.models import GateLoRA
 
 PER_LIBRARY = 290  # sentences of each library, and of the held-out one
@@ -61,7 +61,7 @@ class Task(NamedTuple):
 
 
 def load_task(args: argparse.Namespace) -> Task:
-    """Read, split and tokenise the data; the held-out docstrings have no label."""
+    """Read, split and tokenize the data; the held-out docstrings have no label."""
     data, held_out = docstrings.corpus(PER_LIBRARY)
     if args.data:
         data = read(args.data)
@@ -181,7 +181,7 @@ def at_a_point(net: PeftModel, data: Encoded) -> CategoricalPrediction:
     net.eval()
     logits = torch.cat([net(**batch).logits for batch in data.in_order()])
     likelihood = Categorical()
-    return likelihood.collect(likelihood.summarise(logits[None]))
+    return likelihood.collect(likelihood.summarize(logits[None]))
 
 
 def num_trainable(module: torch.nn.Module) -> int:

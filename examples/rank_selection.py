@@ -34,7 +34,7 @@ from pyro.infer import SVI
 from small_task import LR, TRAIN, Task, logits
 
 import lrvd_pyro as lrvd
-from lrvd_pyro.calibration import scores
+from lrvd_pyro.diagnostics.calibration import scores
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 

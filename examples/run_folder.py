@@ -10,10 +10,10 @@ from text_data import Encoded
 from tqdm import tqdm
 
 import lrvd_pyro as lrvd
-from lrvd_pyro import plots
-from lrvd_pyro.calibration import calibration_report
+from lrvd_pyro.diagnostics import plots
+from lrvd_pyro.diagnostics.calibration import calibration_report
 from lrvd_pyro.guides import RankDiagonal
-from lrvd_pyro.likelihoods import CategoricalPrediction
+from lrvd_pyro.likelihoods.categorical import CategoricalPrediction
 from lrvd_pyro.models import GateLoRA
 
 DRAWS, BINS = 32, 10

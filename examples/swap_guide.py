@@ -18,8 +18,8 @@ from quickstart import Task, lora_network
 from swapping import compare, fit, score
 
 from lrvd_pyro import guides, priors
+from lrvd_pyro.inference.param_store import give_own_name
 from lrvd_pyro.models import GateLoRA
-from lrvd_pyro.naming import give_own_name
 
 
 def auto_normal(model: GateLoRA) -> AutoNormal:

@@ -14,9 +14,9 @@ from quickstart import LR, SAMPLES, Task, linear_decay, load_task, options, trai
 from transformers.utils import logging
 
 import lrvd_pyro as lrvd
-from lrvd_pyro.calibration import scores
+from lrvd_pyro.diagnostics.calibration import scores
 from lrvd_pyro.models import GateLoRA
-from lrvd_pyro.predict import draw_latents
+from lrvd_pyro.predictive.draws import draw_latents
 
 RESULTS = Path(__file__).parent / "results"
 Variant = Callable[[Task, argparse.Namespace], dict[str, float]]

@@ -82,7 +82,7 @@ def split(data: Text, count: int, *, seed: int) -> list[Text]:
 
 
 class Encoded:
-    """Tokenised texts with labels, given out as padded batches."""
+    """Tokenized texts with labels, given out as padded batches."""
 
     def __init__(
         self, data: Text, model: str = MINILM, *, max_length: int = 64

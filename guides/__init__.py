@@ -11,7 +11,7 @@ from lrvd_pyro.guides.auto import (
     low_rank_multivariate_normal,
     multivariate_normal,
 )
-from lrvd_pyro.guides.laplace import FisherLaplace
+from lrvd_pyro.guides.fisher_laplace import FisherLaplace
 from lrvd_pyro.guides.rank_diagonal import RankDiagonal
 from lrvd_pyro.guides.tied_diagonal import TiedDiagonal
 

@@ -21,9 +21,9 @@ from pyro.infer.autoguide import (
 from torch import Tensor
 from torch.distributions import biject_to
 
-from lrvd_pyro.guides.laplace import FisherLaplace
+from lrvd_pyro.guides.fisher_laplace import FisherLaplace
+from lrvd_pyro.inference.param_store import give_own_name
 from lrvd_pyro.models.base import RankModel
-from lrvd_pyro.naming import give_own_name
 
 LARGEST = 4096  # latent components of a full covariance
 
@@ -45,7 +45,7 @@ def multivariate_normal(
     if size > LARGEST:
         raise ValueError(
             f"a full covariance over {size} latent components takes "
-            f"{size**2 * 4 / 2**30:.2g} GiB, and its optimiser thrice; use "
+            f"{size**2 * 4 / 2**30:.2g} GiB, and its optimizer thrice; use "
             f"low_rank_multivariate_normal(model, rank=16)"
         )
     return give_own_name(

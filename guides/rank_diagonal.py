@@ -10,10 +10,11 @@ import torch
 from pyro import distributions as dist
 from torch import Tensor, nn
 
+from lrvd_pyro._compat.pyro import name_of
 from lrvd_pyro.guides.families import Noise, PositiveNoise, family_of
+from lrvd_pyro.inference.param_store import UniqueModule, check_registered
 from lrvd_pyro.models import FactorLoRA, GateLoRA
-from lrvd_pyro.naming import UniqueModule, check_registered
-from lrvd_pyro.surgery import Cuts, indices_kept, slice_tensors
+from lrvd_pyro.rank_space.removal import Cuts, slice_tensors
 
 DRAWS = 4096  # for moments of gates that are no product of latent sites
 
@@ -26,8 +27,8 @@ class RankDiagonal(UniqueModule):
     prior this is ``gate ~ Normal(1, alpha)``. The mean of the lowest site of R
     components with which the gate scales is held at 1, the others are learned: of a
     scale shared by several ranks, of a logit. Under a scale-free prior (`LogUniform`,
-    `ARD`) that loses nothing while B trains, since B absorbs the mean (about a centre,
-    `gauge.centre`, all but a constant of it). Under a prior with a scale it is a
+    `ARD`) that loses nothing while B trains, since B absorbs the mean (about a center,
+    `gauge.center`, all but a constant of it). Under a prior with a scale it is a
     choice: a rank that no datum wants rests where the KL is least at mean 1 (at
     alpha = s^2 under ``Normal(s)``), so that effective ranks do not compare across
     priors; ``learn_mean=True`` lets such gates fall to 0.
@@ -105,7 +106,7 @@ class RankDiagonal(UniqueModule):
     def forward(self, *args: Any, **batch: Any) -> dict[str, Tensor]:
         """Draw the latent sites, whatever the batch; returns their values."""
         for name, parameter in self.named_parameters():
-            check_registered(f"{self._pyro_name}.{name}", parameter)
+            check_registered(f"{name_of(self)}.{name}", parameter)
         return {
             name: pyro.sample(name, noise.to_event(1))
             for name, noise in self.distributions().items()
@@ -191,7 +192,7 @@ class RankDiagonal(UniqueModule):
     def select(self, keep: Tensor) -> None:
         """Forget the rank components where ``keep`` (R,) is False, in place.
 
-        To be called before `RankSpace.select`; `lrvd_pyro.pruning.select` does both.
+        To be called before `RankSpace.select`; `lrvd_pyro.selection.select` does both.
 
         Raises:
             TypeError: If a latent site has neither one component, nor R, nor one per
@@ -208,7 +209,7 @@ class RankDiagonal(UniqueModule):
 
     def _rows(self, keep: Tensor) -> dict[str, Tensor]:
         return {
-            name: indices_kept(self.space, keep, name, family.size)
+            name: self.space.indices_kept(keep, name, family.size)
             for name, family in self.families.items()
         }
 

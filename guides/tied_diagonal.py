@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from lrvd_pyro.guides.families import walled
 from lrvd_pyro.guides.rank_diagonal import RankDiagonal
+from lrvd_pyro.inference.param_store import UniqueModule
 from lrvd_pyro.models import FactorLoRA
-from lrvd_pyro.naming import UniqueModule
-from lrvd_pyro.surgery import Cuts, slice_tensors
+from lrvd_pyro.rank_space.removal import Cuts, slice_tensors
 
 
 class TiedDiagonal(RankDiagonal):
@@ -80,7 +80,7 @@ class TiedDiagonal(RankDiagonal):
     def select(self, keep: Tensor) -> None:
         """Forget the rank components where ``keep`` (R,) is False, in place.
 
-        To be called before `RankSpace.select`; `lrvd_pyro.pruning.select` does both.
+        To be called before `RankSpace.select`; `lrvd_pyro.selection.select` does both.
         """
         slice_tensors(self.cuts(keep))
         keep = keep.to(self.owner.device)

@@ -1,30 +1,30 @@
 """Bayesian low-rank adaptation: the LoRA-adapted network as a Pyro model."""
 
 from lrvd_pyro import (
-    calibration,
+    diagnostics,
     distributions,
     gauge,
     guides,
+    inference,
     likelihoods,
     models,
     optim,
-    plots,
+    predictive,
     priors,
+    rank_space,
+    selection,
+    storage,
     testing,
+    training,
 )
-from lrvd_pyro.checkpoint import checkpoint, resume
-from lrvd_pyro.depth import free_lower_layers
-from lrvd_pyro.elbo import RankELBO, linear_warmup
-from lrvd_pyro.export import export_peft
-from lrvd_pyro.inference_data import to_arviz
-from lrvd_pyro.predict import posterior_mean, posterior_sample, predict
-from lrvd_pyro.pruning import prune
-from lrvd_pyro.rank_schedule import RankHistory, RankSchedule
+from lrvd_pyro._version import __version__
+from lrvd_pyro.diagnostics import calibration, plots, to_arviz
+from lrvd_pyro.inference import RankELBO, linear_warmup
+from lrvd_pyro.predictive import posterior_mean, posterior_sample, predict
 from lrvd_pyro.rank_space import RankSpace
-from lrvd_pyro.sampler import ResumableSampler
-from lrvd_pyro.storage import load, save
-
-__version__ = "0.1.0"
+from lrvd_pyro.selection import RankHistory, RankSchedule, free_lower_layers, prune
+from lrvd_pyro.storage import export_peft, load, save
+from lrvd_pyro.training import ResumableSampler, checkpoint, resume
 
 __all__ = [
     "RankELBO",
@@ -32,13 +32,16 @@ __all__ = [
     "RankSchedule",
     "RankSpace",
     "ResumableSampler",
+    "__version__",
     "calibration",
     "checkpoint",
+    "diagnostics",
     "distributions",
     "export_peft",
     "free_lower_layers",
     "gauge",
     "guides",
+    "inference",
     "likelihoods",
     "linear_warmup",
     "load",
@@ -48,10 +51,19 @@ __all__ = [
     "posterior_mean",
     "posterior_sample",
     "predict",
+    "predictive",
     "priors",
     "prune",
+    "rank_space",
     "resume",
     "save",
+    "selection",
+    "storage",
     "testing",
     "to_arviz",
+    "training",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -4,9 +4,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
-
-from lrvd_pyro.noise import batch_size
 
 
 def check_several(batches: Any, call: str) -> None:
@@ -47,3 +46,21 @@ def gate_rows(gate: Tensor, batch: dict[str, Any]) -> Tensor:
     examples gives the derivatives of each.
     """
     return gate.detach().expand(batch_size(batch), -1).clone().requires_grad_()
+
+
+def batch_size(batch: dict[str, Any]) -> int:
+    """The number of examples in a batch: that of its labels, else of its first tensor.
+
+    Raises:
+        TypeError: If the batch holds no tensor.
+        ValueError: If its first tensor is empty.
+    """
+    for value in (batch.get("labels"), *batch.values()):
+        if isinstance(value, torch.Tensor) and value.dim() > 0:
+            if len(value) == 0:
+                raise ValueError("the batch has no examples; leave empty batches out")
+            return len(value)
+    raise TypeError(
+        f"the batch {sorted(batch)} holds no tensor; pass the tokenizer's tensors as "
+        f"keywords: svi.step(**tokenizer(texts, return_tensors='pt'), labels=labels)"
+    )

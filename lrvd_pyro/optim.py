@@ -8,7 +8,7 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
-from lrvd_pyro.naming import waits_for_first_call
+from lrvd_pyro.inference.param_store import waits_for_first_call
 
 GROUPS = ("adapter", "head", "variational")
 
@@ -32,7 +32,7 @@ def parameter_groups(
     head_lr: float | None = None,
     variational_lr: float = 5e-2,
 ) -> list[dict[str, Any]]:
-    """Groups for a torch optimiser, with the learning rates of `AdamW`.
+    """Groups for a torch optimizer, with the learning rates of `AdamW`.
 
     Example::
 
@@ -76,7 +76,7 @@ def parameter_groups(
 class AdamW(PyroOptim):
     """``torch.optim.AdamW(fused=True)`` over all parameters of model and guide.
 
-    Pyro's own wrapper makes one optimiser per parameter; this is one for all, with a
+    Pyro's own wrapper makes one optimizer per parameter; this is one for all, with a
     learning rate per group. Log variances live on a scale of units and weights on one
     of hundredths, hence the larger default rate of the former.
 
@@ -155,7 +155,7 @@ class AdamW(PyroOptim):
         self.steps += 1
 
     def get_state(self) -> dict[str, Any]:
-        """Steps taken, the torch optimiser's state, and the shapes it belongs to."""
+        """Steps taken, the torch optimizer's state, and the shapes it belongs to."""
         if self._pending is not None:
             return self._pending
         if self.torch_optim is None:
@@ -194,7 +194,7 @@ class AdamW(PyroOptim):
         return optim
 
     def _with(self, params: set[Tensor]) -> torch.optim.AdamW:
-        """The torch optimiser, new parameters added in the order of their names."""
+        """The torch optimizer, new parameters added in the order of their names."""
         known: set[Tensor] = set()
         if self.torch_optim is not None:
             groups = self.torch_optim.param_groups
@@ -219,7 +219,7 @@ class AdamW(PyroOptim):
         saved, found = self._pending["shapes"], _shapes(optim)
         if saved != found:
             raise ValueError(
-                f"the saved optimiser has parameters of shapes {saved} in {GROUPS} and "
+                f"the saved optimizer has parameters of shapes {saved} in {GROUPS} and "
                 f"this one {found}; restore it for the model and guide that it was "
                 f"saved from"
             )

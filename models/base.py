@@ -1,8 +1,8 @@
 """What the models of this package have in common."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from numbers import Integral
 from typing import Any, cast
 
@@ -14,12 +14,14 @@ from pyro.params.param_store import param_with_module_name
 from torch import Tensor
 from torch.distributions import Distribution
 
-from lrvd_pyro import mcmc
-from lrvd_pyro.divergence import latent_sites, scaled_log_prob
-from lrvd_pyro.likelihoods import Likelihood
-from lrvd_pyro.naming import UniqueModule, check_registered
-from lrvd_pyro.noise import batch_size, drawn_per_example
-from lrvd_pyro.rank_space import RankSpace
+from lrvd_pyro._compat.pyro import mcmc_is_running, name_of, plain_child
+from lrvd_pyro.batches import batch_size
+from lrvd_pyro.inference import mcmc
+from lrvd_pyro.inference.kl import latent_sites, scaled_log_prob
+from lrvd_pyro.inference.param_store import UniqueModule, check_registered
+from lrvd_pyro.inference.per_example import drawn_per_example
+from lrvd_pyro.likelihoods.base import Likelihood
+from lrvd_pyro.rank_space.space import RankSpace
 
 
 class RankModel(UniqueModule):
@@ -96,7 +98,7 @@ class RankModel(UniqueModule):
                 f"entry per example: torch.as_tensor(labels)"
             )
         size = batch_size({"labels": labels, **inputs})
-        if mcmc.is_running():
+        if mcmc_is_running():
             observed = 0 if labels is None else size
             mcmc.check(self.base_net, observed, self.num_data)
         self._register_parameters()
@@ -130,7 +132,7 @@ class RankModel(UniqueModule):
     @property
     def base_net(self) -> PeftModel:
         """The network, read without telling Pyro."""
-        return cast(PeftModel, self._modules["net"])
+        return cast(PeftModel, plain_child(self, "net"))
 
     def _register_parameters(self) -> None:
         """Show Pyro the trainable parameters, and only them."""
@@ -138,7 +140,7 @@ class RankModel(UniqueModule):
             return
         for name, parameter in self.base_net.named_parameters():
             if parameter.requires_grad:
-                path = param_with_module_name(f"{self._pyro_name}.net", name)
+                path = param_with_module_name(f"{name_of(self)}.net", name)
                 pyro.param(path, parameter)
                 check_registered(path, parameter)
 
@@ -156,3 +158,15 @@ def check_num_data(num_data: int | None) -> int:
             f"which weighs the likelihood against the prior: num_data=len(train)"
         )
     return int(num_data or 0)
+
+
+@contextmanager
+def evaluating(model: RankModel) -> Iterator[None]:
+    """Run the network in eval mode within the block; its mode is restored."""
+    was_training = [m for m in model.base_net.modules() if m.training]
+    model.base_net.eval()
+    try:
+        yield
+    finally:
+        for module in was_training:
+            module.training = True

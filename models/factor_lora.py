@@ -5,10 +5,11 @@ from contextlib import AbstractContextManager
 from peft import PeftModel
 from torch import Tensor
 
-from lrvd_pyro.likelihoods import Categorical, Likelihood
+from lrvd_pyro.likelihoods.base import Likelihood
+from lrvd_pyro.likelihoods.categorical import Categorical
 from lrvd_pyro.models.base import RankModel, check_num_data
-from lrvd_pyro.priors import LogUniform
-from lrvd_pyro.rank_space import RankSpace, Side
+from lrvd_pyro.priors.log_uniform import LogUniform
+from lrvd_pyro.rank_space.space import RankSpace, Side
 
 
 class FactorLoRA(RankModel):
@@ -16,7 +17,7 @@ class FactorLoRA(RankModel):
 
     The one latent vector ``factor`` holds the weights themselves, rank component by
     rank component: rows of A, then columns of B. Its prior is log-uniform on every
-    element. `RankDiagonal` centres it on the network's own weights with one variance
+    element. `RankDiagonal` centers it on the network's own weights with one variance
     per rank component.
 
     The KL counts ``in`` (and ``out``) elements per rank component, so that at the true

@@ -11,11 +11,13 @@ from pyro import distributions as dist
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from lrvd_pyro.likelihoods import Categorical, Likelihood
+from lrvd_pyro.likelihoods.base import Likelihood
+from lrvd_pyro.likelihoods.categorical import Categorical
 from lrvd_pyro.models.base import RankModel, check_num_data
-from lrvd_pyro.prior_contract import check_prior
-from lrvd_pyro.priors import LogUniform, Prior
-from lrvd_pyro.rank_space import RankSpace
+from lrvd_pyro.priors.base import Prior
+from lrvd_pyro.priors.contract import check_prior
+from lrvd_pyro.priors.log_uniform import LogUniform
+from lrvd_pyro.rank_space.space import RankSpace
 
 
 class GateLoRA(RankModel):
@@ -25,7 +27,7 @@ class GateLoRA(RankModel):
     slice of the one latent vector ``gate`` ~ prior, of length R, the sum of the ranks.
     A, B and the head are point parameters of the model; the base is frozen. Under the
     guide `RankDiagonal`, ``Cov[y] = scaling^2 B diag(alpha (A x)^2) B^T``: of rank r at
-    most, and zero where ``A x = 0``. On an adapter with a centre (`gauge.centre`) gates
+    most, and zero where ``A x = 0``. On an adapter with a center (`gauge.center`) gates
     act about it, and ``A x`` stands for the distance from it.
 
     Example::
@@ -70,7 +72,7 @@ class GateLoRA(RankModel):
         _check_densities(prior, weight_prior)
         self.prior = prior or LogUniform()
         self.weight_prior = weight_prior
-        self._centred = _is_centred(weight_prior)
+        self._centered = _is_centered(weight_prior)
         self._prior_names_gate = check_prior(self.prior, self.space)
 
     def draw(self) -> Tensor:
@@ -89,7 +91,7 @@ class GateLoRA(RankModel):
     def _log_density(self, weights: list[nn.Parameter]) -> Tensor:
         """Of all elements of A and B together under the weight prior, in nats."""
         prior: Any = self.weight_prior
-        if not self._centred:
+        if not self._centered:
             elements = torch.cat([w.reshape(-1) for w in weights])
             log_prob: Tensor = prior.log_prob(elements).sum()
             return log_prob
@@ -108,7 +110,7 @@ class GateLoRA(RankModel):
         return self.space.bind(value)
 
 
-def _is_centred(prior: Any) -> bool:
+def _is_centered(prior: Any) -> bool:
     """Whether a prior is Normal(0, scale), and remains so."""
     if type(prior) not in (torch.distributions.Normal, dist.Normal):
         return False

@@ -20,6 +20,6 @@ def alone(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     pyro.clear_param_store()
     pyro.enable_validation(True)
-    pyro.set_rng_seed(zlib.crc32(request.node.nodeid.encode()))
+    pyro.set_rng_seed(zlib.crc32(request.node.name.encode()))
     yield
     torch.set_default_dtype(before)

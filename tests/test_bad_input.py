@@ -12,7 +12,7 @@ from torch import Tensor
 
 import lrvd_pyro as lrvd
 from lrvd_pyro.guides import RankDiagonal
-from lrvd_pyro.likelihoods import Normal
+from lrvd_pyro.likelihoods.normal import Normal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 
 BOTH = [GateLoRA, FactorLoRA]
@@ -96,7 +96,7 @@ def test_a_breach_of_the_priors_contract_shows_the_contract(
     assert "one event dimension: .to_event(1)" in str(error.value)
 
 
-def normalised(space: Any) -> Tensor:
+def normalized(space: Any) -> Tensor:
     z = pyro.sample("z", dist.Normal(torch.ones(space.size), 1.0).to_event(1))
     return z / z.norm()
 
@@ -107,7 +107,7 @@ def indexed_at_equal_sizes(space: Any) -> Tensor:
     return z * s[torch.tensor([0, 1])]
 
 
-@pytest.mark.parametrize(("prior", "r"), [(normalised, 3), (indexed_at_equal_sizes, 2)])
+@pytest.mark.parametrize(("prior", "r"), [(normalized, 3), (indexed_at_equal_sizes, 2)])
 def test_a_prior_that_mixes_examples_is_found_out(prior: Any, r: int) -> None:
     with pytest.raises(
         ValueError, match="draws of other examples|fails on a batch of 3"

@@ -1,4 +1,4 @@
-"""One fused optimiser for all groups, in either driver."""
+"""One fused optimizer for all groups, in either driver."""
 
 from typing import Any
 
@@ -63,7 +63,7 @@ def test_clipping_bounds_the_norm_of_all_gradients() -> None:
     assert steps[0] > 1 and steps[1] == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_a_restored_optimiser_goes_on_as_if_never_stopped() -> None:
+def test_a_restored_optimizer_goes_on_as_if_never_stopped() -> None:
     batches = [tokens() for _ in range(4)]
 
     def run(split: int) -> list[Tensor]:
@@ -91,7 +91,7 @@ def test_state_of_another_model_is_refused() -> None:
     other = lrvd.optim.AdamW()
     other.set_state(optim.get_state())
     svi = SVI(wider, RankDiagonal(wider), other, loss=lrvd.RankELBO())
-    with pytest.raises(ValueError, match=r"saved optimiser has parameters of shapes"):
+    with pytest.raises(ValueError, match=r"saved optimizer has parameters of shapes"):
         svi.step(**tokens())
 
 

@@ -9,7 +9,7 @@ the order of
 - the Fisher information over random subsets, in the balanced gauge;
 - t, the balanced singular values;
 - log alpha, and the Fisher information over random subsets, in the balanced gauge of
-  covariances, gates acting about their means ("centred"): ranks left out leave their
+  covariances, gates acting about their means ("centered"): ranks left out leave their
   mean as a bias;
 - the singular values of each module's update dW, in its basis; and the same ranks with
   the means of the others left as a bias ("means kept");
@@ -49,8 +49,8 @@ from text_data import Encoded
 from torch import Tensor
 
 import lrvd_pyro as lrvd
-from lrvd_pyro.calibration import scores
-from lrvd_pyro.gauge import Gramians, balance, centre, gramians, hankel_values
+from lrvd_pyro.diagnostics.calibration import scores
+from lrvd_pyro.gauge import Gramians, balance, center, gramians, hankel_values
 from lrvd_pyro.models import GateLoRA
 
 BUDGETS = (48, 24, 16, 12, 8, 4)
@@ -105,19 +105,19 @@ def orders(model: GateLoRA, batches: list[Any]) -> Iterator[tuple[str, Tensor, A
         sizes = torch.cat(list(hankel_values(trained).values()))
         yield "balanced, by t", sizes, balanced
     with restored(model.base_net):
-        centre(model, trained)
-        balance(model.base_net, trained.centred())
-        centred = gramians(model, batches, generator=labels_of(1))
-        yield "centred", centred.gate_fisher, None
+        center(model, trained)
+        balance(model.base_net, trained.centered())
+        centered = gramians(model, batches, generator=labels_of(1))
+        yield "centered", centered.gate_fisher, None
         some = gramians(model, batches, gates="subsets", generator=labels_of(3))
-        yield "centred, over subsets", some.gate_fisher, None
-        centre(model, None)
+        yield "centered, over subsets", some.gate_fisher, None
+        center(model, None)
     sizes = to_singular_vectors(model)
     found = gramians(model, batches, generator=labels_of(1))
     yield "SVD of dW", sizes, found
-    centre(model, found)
+    center(model, found)
     yield "SVD of dW, means kept", sizes, None
-    centre(model, None)
+    center(model, None)
 
 
 @torch.no_grad()
@@ -235,22 +235,22 @@ def picture(frame: pd.DataFrame, path: Path) -> None:
     """Energy against the components of a module, accuracy against those of all."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6), layout="constrained")
     of_orders = frame["order"].dropna().replace("", pd.NA).dropna().unique()
-    colours = {order: f"C{i}" for i, order in enumerate(sorted(of_orders))}
+    colors = {order: f"C{i}" for i, order in enumerate(sorted(of_orders))}
     style: Line = {"marker": "o", "ms": 3, "lw": 1}
     energy = frame[frame["table"] == "energy"]
     for ax, metric in zip(axes, ("Frobenius", "whitened")):
         for order, rows in energy[energy["metric"] == metric].groupby("order"):
             curve = torch.tensor(rows["energy"].tolist()).mean(0)
             ks = range(1, len(curve) + 1)
-            ax.plot(ks, curve, color=colours[str(order)], **style)
+            ax.plot(ks, curve, color=colors[str(order)], **style)
         ax.set(xlabel="components of a module", title=f"energy kept, {metric} norm")
     orders = frame[(frame["table"] == "order") & (frame["k"] < 96)]
     for order, rows in orders.groupby("order"):
         mean = rows.groupby("k")["accuracy"].mean()
-        colour = colours[str(order)]
-        axes[2].plot(mean.index, mean, color=colour, label=order, **style)
+        color = colors[str(order)]
+        axes[2].plot(mean.index, mean, color=color, label=order, **style)
     full = frame[(frame["table"] == "order") & (frame["k"] == 96)]["accuracy"].mean()
-    axes[2].axhline(full, color="grey", lw=0.8, ls="--", label="all 96")
+    axes[2].axhline(full, color="gray", lw=0.8, ls="--", label="all 96")
     axes[2].set(xlabel="components kept, of 96", title="accuracy on test")
     figure.legend(loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(path, dpi=90)

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import lrvd_pyro as lrvd
 from lrvd_pyro import linear_warmup
-from lrvd_pyro.calibration import scores
+from lrvd_pyro.diagnostics.calibration import scores
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 

@@ -34,9 +34,9 @@ from transformers import (
 )
 
 import lrvd_pyro as lrvd
-from lrvd_pyro.fan_out import looped
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import GateLoRA
+from lrvd_pyro.predictive.fan_out import looped
 
 SAMPLES, SIZE, LENGTH, R = 16, 16, 64, 8
 RESULTS = Path(__file__).parent / "results" / "predict_time.jsonl"
@@ -109,8 +109,8 @@ def rows_of(name: str, batch: Batch) -> tuple[Rows, Callable[[], float]]:
     def sampled(model: GateLoRA) -> Callable[[], Any]:
         return lambda: lrvd.predict(model, guides[model], [batch], SAMPLES)
 
-    def linearised(model: GateLoRA) -> Callable[[], Any]:
-        return lambda: lrvd.predict(model, guides[model], [batch], method="linearised")
+    def linearized(model: GateLoRA) -> Callable[[], Any]:
+        return lambda: lrvd.predict(model, guides[model], [batch], method="linearized")
 
     rows = {
         "forward": forward,
@@ -118,8 +118,8 @@ def rows_of(name: str, batch: Batch) -> tuple[Rows, Callable[[], float]]:
         f"{SAMPLES} plain passes": loop,
         f"predict, {SAMPLES} samples": sampled(whole),
         f"predict, {SAMPLES} samples, last third live": sampled(upper),
-        "predict, linearised, 2 classes": linearised(whole),
-        "predict, linearised, 4 classes": linearised(four),
+        "predict, linearized, 2 classes": linearized(whole),
+        "predict, linearized, 4 classes": linearized(four),
     }
     return rows, lambda: prefix_share(upper, batch)
 

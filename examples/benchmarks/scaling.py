@@ -2,10 +2,10 @@
 
 A stack of residual linear layers of width 256, each with LoRA, on texts of 32 random
 "tokens"; around 24 modules, rank 8, 16 texts and 1 draw, one of the four is varied at
-a time. A step is forward, backward and optimiser; GateLoRA by ``SVI.step`` is timed in
+a time. A step is forward, backward and optimizer; GateLoRA by ``SVI.step`` is timed in
 turn with a plain LoRA step of the same batch, 1 thread, and the table has medians: the
 time over that of LoRA in per cent and in milliseconds. S draws are compared with S LoRA
-steps. "A/A" is a second LoRA at the centre.
+steps. "A/A" is a second LoRA at the center.
 
     PYTHONPATH=examples python examples/benchmarks/scaling.py
 
@@ -32,7 +32,7 @@ from lrvd_pyro.models import GateLoRA
 from lrvd_pyro.optim import AdamW
 
 WIDTH, LENGTH = 256, 32
-CENTRE = {"modules": 24, "r": 8, "batch": 16, "draws": 1}
+CENTER = {"modules": 24, "r": 8, "batch": 16, "draws": 1}
 SWEEPS = {
     "modules": (6, 24, 72, 224),
     "r": (4, 16, 64),
@@ -109,11 +109,11 @@ def measure(point: Point, rounds: int, *, control: bool = False) -> dict[str, An
 
 def table(lines: list[dict[str, Any]]) -> str:
     """The lines of one run."""
-    columns = ["", *CENTRE, "LoRA, ms", "over it, ms", "over it, %", "quartiles"]
+    columns = ["", *CENTER, "LoRA, ms", "over it, ms", "over it, %", "quartiles"]
     text = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for line in lines:
         low, high = (100 * (q - 1) for q in line["quartiles"])
-        cells = [line["row"], *(str(line[name]) for name in CENTRE)]
+        cells = [line["row"], *(str(line[name]) for name in CENTER)]
         cells += [f"{line['lora_ms']:.1f}", f"{line['over_ms']:.1f}"]
         cells += [f"{100 * (line['ratio'] - 1):.1f}", f"{low:.1f} to {high:.1f}"]
         text.append("| " + " | ".join(cells) + " |")
@@ -128,8 +128,8 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     pyro.enable_validation(False)
-    points = [CENTRE | {name: n} for name, sweep in SWEEPS.items() for n in sweep]
-    lines = [measure(CENTRE, options.rounds, control=True)]
+    points = [CENTER | {name: n} for name, sweep in SWEEPS.items() for n in sweep]
+    lines = [measure(CENTER, options.rounds, control=True)]
     lines += [measure(point, options.rounds) for point in points]
     append(lines, options.out, f"scaling.py --rounds {options.rounds}")
     print(table(lines))

@@ -1,6 +1,6 @@
 """What a Bayesian training step costs, in units of a plain LoRA step.
 
-A step is forward pass, backward pass and optimiser. Three networks, LoRA of rank 8,
+A step is forward pass, backward pass and optimizer. Three networks, LoRA of rank 8,
 64 tokens a text, float32, no dropout, 1 thread: a random 4-layer RoBERTa of width 256
 with all six linear layers of a block (24 modules, 16 texts), MiniLM-L6 with query and
 value (12 modules, 16 texts), a random 12-layer RoBERTa of width 768 with all six (72
@@ -14,7 +14,7 @@ those of parameters left out.
 
 Re-balancing is `BalanceSchedule(every=200, gather_every=4)`: with g the time of a step
 that gathers and b that of one balancing, both in units of a GateLoRA step without
-either, the amortised cost is 1 + (g - 1)/4 + b/200.
+either, the amortized cost is 1 + (g - 1)/4 + b/200.
 
     PYTHONPATH=examples python examples/benchmarks/step_time.py
 
@@ -48,11 +48,11 @@ from torch import Tensor
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 import lrvd_pyro as lrvd
-from lrvd_pyro.centres import centre_at
 from lrvd_pyro.gauge import BalanceSchedule
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 from lrvd_pyro.optim import AdamW, parameter_groups
+from lrvd_pyro.rank_space.center import center_at
 
 LENGTH, R, LR, EVERY, GATHER_EVERY = 64, 8, 1e-3, 200, 4
 RESULTS = Path(__file__).parent / "results" / "step_time.jsonl"
@@ -84,13 +84,13 @@ NETS = {
 }
 BOUNDS = {  # on the first network, on the others
     GATE: (1.05, 1.03),
-    "GateLoRA about a centre, SVI": (1.05, 1.03),
+    "GateLoRA about a center, SVI": (1.05, 1.03),
     "GateLoRA, torch driver": (1.04, 1.02),
     "FactorLoRA, SVI": (1.25, 1.15),
     "horseshoe, SVI": (1.08, 1.04),
     "bytes, GateLoRA": (1.02, 1.02),
     "bytes, horseshoe": (1.02, 1.02),
-    "re-balancing, amortised": (1.03, 1.03),
+    "re-balancing, amortized": (1.03, 1.03),
 }
 
 
@@ -117,7 +117,7 @@ def lora_step(net: Any, batch: Batch) -> Step:
 
 
 def torch_step(model: Any, batch: Batch) -> Step:
-    """RankELBO as a module with a torch optimiser."""
+    """RankELBO as a module with a torch optimizer."""
     guide = RankDiagonal(model)
     loss = lrvd.RankELBO()(model, guide)
     groups = parameter_groups(model, guide, lr=LR)
@@ -148,10 +148,10 @@ def gate(network: Network) -> GateLoRA:
     return GateLoRA(adapted(network), num_data=1000)
 
 
-def centred(network: Network) -> GateLoRA:
-    """Rank gates about a centre, as after `gauge.centre`."""
+def centered(network: Network) -> GateLoRA:
+    """Rank gates about a center, as after `gauge.center`."""
     model = gate(network)
-    centre_at(model.space, torch.randn(model.space.size))
+    center_at(model.space, torch.randn(model.space.size))
     return model
 
 
@@ -237,7 +237,7 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
         "LoRA": lora_step(adapted(network), batch),
         "A/A": lora_step(adapted(network), batch),
         GATE: svi_step(gate(network), batch),
-        "GateLoRA about a centre, SVI": svi_step(centred(network), batch),
+        "GateLoRA about a center, SVI": svi_step(centered(network), batch),
         "GateLoRA, torch driver": torch_step(gate(network), batch),
         "FactorLoRA, SVI": svi_step(factor, batch),
         "horseshoe, SVI": svi_step(horseshoe(network), batch),
@@ -250,7 +250,7 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
     b = median(balancing() for _ in range(5)) / median(gated)
     balanced = {"ratio": 1 + (g - 1) / GATHER_EVERY + b / EVERY, "g": g, "b": b}
     found = timed | {row: {"ratio": ratio} for row, ratio in kept.items()}
-    found["re-balancing, amortised"] = balanced
+    found["re-balancing, amortized"] = balanced
     common = {"batch": network.size, "lora_seconds": median(plain), "rounds": rounds}
     return [
         {"net": name, "row": row} | line | {"bound": bound(row, name)} | common

@@ -49,8 +49,8 @@ from small_task import BATCH, LR, TRAIN, Task, logits
 from torch import Tensor
 
 import lrvd_pyro as lrvd
-from lrvd_pyro.calibration import scores
-from lrvd_pyro.gauge import BalanceSchedule, centre, hankel_values
+from lrvd_pyro.diagnostics.calibration import scores
+from lrvd_pyro.gauge import BalanceSchedule, center, hankel_values
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import GateLoRA
 
@@ -175,8 +175,8 @@ class Bayesian(Run):
             found, (which, means_left) = self.gather.found(), FREED[self.name]
             self.gather.close()
             if means_left:
-                centre(self.model, found)
-                found = found.centred()
+                center(self.model, found)
+                found = found.centered()
             sizes = hankel_values(found)
             lrvd.free_lower_layers(self.model, self.guide, sizes, self.optim, **which)
             self.gather = None

@@ -96,16 +96,16 @@ def _kl_half_normal(q: LogNormal, p: HalfNormal) -> Tensor:
 
 @register_kl(LogNormal, Gamma)  # type: ignore[untyped-decorator]
 def _kl_gamma(q: LogNormal, p: Gamma) -> Tensor:
-    normaliser = p.concentration.lgamma() - p.concentration * p.rate.log()
+    normalizer = p.concentration.lgamma() - p.concentration * p.rate.log()
     power = (1 - p.concentration) * q.loc
-    return _negative_entropy(q) + normaliser + power + p.rate * _moment(q, 1)
+    return _negative_entropy(q) + normalizer + power + p.rate * _moment(q, 1)
 
 
 @register_kl(LogNormal, InverseGamma)  # type: ignore[untyped-decorator]
 def _kl_inverse_gamma(q: LogNormal, p: InverseGamma) -> Tensor:
-    normaliser = p.concentration.lgamma() - p.concentration * p.rate.log()
+    normalizer = p.concentration.lgamma() - p.concentration * p.rate.log()
     power = (1 + p.concentration) * q.loc
-    return _negative_entropy(q) + normaliser + power + p.rate * _moment(q, -1)
+    return _negative_entropy(q) + normalizer + power + p.rate * _moment(q, -1)
 
 
 @register_kl(LogNormal, Exponential)  # type: ignore[untyped-decorator]

@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from pyro.distributions import Normal, TorchDistribution, constraints
 from pyro.poutine.condition_messenger import ConditionMessenger
-from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import register_kl
 
-from lrvd_pyro import mcmc
+from lrvd_pyro._compat.pyro import mcmc_is_running, messengers
 
 # log p(z) = -log|z| - LOG_UNIFORM_CONSTANT makes KL(N(1, a) || p) -> 0 as a -> inf.
 LOG_UNIFORM_CONSTANT = 0.5 * (1 + math.log(2 * math.pi) + np.euler_gamma + math.log(2))
@@ -56,12 +55,12 @@ class LogUniform(TorchDistribution):
             ValueError: Where a draw is wanted: by MCMC, or by `pyro.infer.Predictive`
                 without guide or samples (it conditions on nothing).
         """
-        if mcmc.is_running():
+        if mcmc_is_running():
             raise ValueError(
                 "LogUniform is improper, so that there is no posterior for MCMC to "
                 "sample; choose a proper prior: priors.Normal()"
             )
-        if any(isinstance(h, ConditionMessenger) and not h.data for h in _PYRO_STACK):
+        if any(isinstance(h, ConditionMessenger) and not h.data for h in messengers()):
             raise ValueError(
                 "LogUniform is improper and has no prior predictive; pass "
                 "Predictive(model, guide=guide, ...), or choose a proper prior: "

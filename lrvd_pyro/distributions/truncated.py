@@ -134,7 +134,7 @@ class TruncatedLogNormal(_ExpOnInterval):
 
     ``q(z) = N(log z; loc, scale^2) / (z Z)`` on [e^low, e^high], with
     ``Z = Phi((high - loc) / scale) - Phi((low - loc) / scale)``. Sampling inverts the
-    CDF, and is reparameterised in all four parameters. An interval far out in a tail
+    CDF, and is reparameterized in all four parameters. An interval far out in a tail
     of the Gaussian does no harm: there q is nearly exponential in log z, from the end
     next to loc.
 
@@ -230,10 +230,10 @@ def _relative_mass(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Ten
     """
     a, b, width = (low - loc) / scale, (high - loc) / scale, (high - low) / scale
     near, far = torch.maximum(a, -b), torch.maximum(-a, b)
-    centre = (near / -math.sqrt(2)).erf() + (far / math.sqrt(2)).erf()
+    center = (near / -math.sqrt(2)).erf() + (far / math.sqrt(2)).erf()
     outside = near.clamp(min=0)
     tail = _mills(outside) - _mills(far) * (-width * (outside + far) / 2).exp()
-    return torch.where(near < 0, math.sqrt(math.pi / 2) * centre, tail)
+    return torch.where(near < 0, math.sqrt(math.pi / 2) * center, tail)
 
 
 class _Quantile(torch.autograd.Function):

@@ -20,8 +20,8 @@ singular values. t does not depend on the gauge that one starts from, and `balan
 changes no function.
 
 The mean of h needs no rank: a constant is a bias. Let gates act about it
-(`centre`, or ``bayesianize(..., centred=True)``) and take covariances for G
-(`Gramians.centred`); then all of the above holds with S the covariance of the inputs,
+(`center`, or ``bayesianize(..., centered=True)``) and take covariances for G
+(`Gramians.centered`); then all of the above holds with S the covariance of the inputs,
 what is removed leaves its mean behind, and on one linear layer the first k components
 are the best affine update of rank k in the metric H, as the theorem of Eckart and Young
 has it.
@@ -31,7 +31,7 @@ alone stays far from that basis; that in the balanced gauge an eighth of the ran
 the accuracy of a real network within a point, which in the gauge of training no order
 does, and half a point to one more than the singular vectors of dW do; that hidden
 states have large means, on which the first components are spent unless gates are
-centred. Of the orders, t and the exact gate Fisher information are those of small
+centered. Of the orders, t and the exact gate Fisher information are those of small
 changes: to keep very few ranks, the Fisher information over random subsets of them
 (``gates="subsets"``) is better. The tables are in ``examples/``.
 
@@ -46,11 +46,11 @@ that of automatic relevance determination, Wipf and Nagarajan (2007).
 """
 
 from lrvd_pyro.gauge.balancing import Change, balance, hankel_values
-from lrvd_pyro.gauge.centring import centre
-from lrvd_pyro.gauge.gramians import Gramians, gramians
-from lrvd_pyro.gauge.noise_to_signal import optimal_alpha
+from lrvd_pyro.gauge.centering import center
+from lrvd_pyro.gauge.closed_form_noise import optimal_alpha
 from lrvd_pyro.gauge.one_pass import bayesianize
 from lrvd_pyro.gauge.schedule import BalanceSchedule
+from lrvd_pyro.gauge.second_moments import Gramians, gramians
 
 __all__ = [
     "BalanceSchedule",
@@ -58,7 +58,7 @@ __all__ = [
     "Gramians",
     "balance",
     "bayesianize",
-    "centre",
+    "center",
     "gramians",
     "hankel_values",
     "optimal_alpha",

@@ -6,10 +6,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lrvd_pyro.centres import centre_at, centre_of, check_centre, groups_of
-from lrvd_pyro.gauge.gramians import Gramians
-from lrvd_pyro.moments import optimisers_of
-from lrvd_pyro.rank_space import RankSpace
+from lrvd_pyro.gauge.second_moments import Gramians
+from lrvd_pyro.rank_space.center import center_at, center_of, check_center
+from lrvd_pyro.rank_space.constant import groups_of
+from lrvd_pyro.rank_space.space import RankSpace
+from lrvd_pyro.selection.optimizer_moments import optimizers_of
 
 Lengths = Literal["balanced", "kept"]
 FLOOR = 1e-12  # of a Gramian's eigenvalues, relative to the largest
@@ -78,14 +79,14 @@ def balance(
         The change of basis of each module that moved, float64.
 
     Raises:
-        TypeError: If a module is a grouped convolution, or the optimiser's state is
+        TypeError: If a module is a grouped convolution, or the optimizer's state is
             none of Adam's, AdamW's or SGD's.
-        ValueError: If the moments belong to other modules or ranks, the optimiser to
+        ValueError: If the moments belong to other modules or ranks, the optimizer to
             another network, or ``lengths`` is neither.
         RuntimeError: If the adapter is merged, disabled, inactive or deleted.
         All modules have changed, or none.
 
-    Source: balanced realisation, Moore (1981), by the square-root method of Tombs and
+    Source: balanced realization, Moore (1981), by the square-root method of Tombs and
     Postlethwaite (1987); for LoRA, derived here.
     """
     space = RankSpace(net, adapter)
@@ -114,7 +115,7 @@ def rebalance(
         if b.any() and all(gram.any() for gram in moments):
             changes[name] = _change(*moments, a, DEAD if lengths == "balanced" else 1)
     states = _states(optimizer, [w for name in changes for w in weights[name]])
-    point = _moved_centre(space, changes)
+    point = _moved_center(space, changes)
     for name, (forward, backward) in changes.items():
         a, b = weights[name]
         _mix_rows(a, forward)
@@ -124,7 +125,7 @@ def rebalance(
         for key, value in states.get(b, {}).items():
             _mix_columns(value, _power(forward.T, key))
     if point is not None:
-        centre_at(space, point)
+        center_at(space, point)
     return changes
 
 
@@ -153,14 +154,14 @@ def _change(activations: Tensor, scores: Tensor, lora_A: Tensor, dead: float) ->
     return Change(size[:, None] * whiten, unwhiten / size)
 
 
-def _moved_centre(space: RankSpace, changes: dict[str, Change]) -> Tensor | None:
+def _moved_center(space: RankSpace, changes: dict[str, Change]) -> Tensor | None:
     """The points about which gates act, in the new basis; checked."""
-    points = {name: point.double().cpu() for name, point in centre_of(space).items()}
+    points = {name: point.double().cpu() for name, point in center_of(space).items()}
     if not points:
         return None
     points |= {name: changes[name].forward @ points[name] for name in changes}
     moved = torch.cat([points[name] for name in space.modules])
-    check_centre(space, moved)
+    check_center(space, moved)
     return moved
 
 
@@ -180,11 +181,11 @@ def _power(matrix: Tensor, key: str) -> Tensor:
 
 
 def _states(optimizer: Any, weights: list[Tensor]) -> dict[Tensor, dict[str, Tensor]]:
-    """The optimiser's moments of these weights, all checked."""
+    """The optimizer's moments of these weights, all checked."""
     if optimizer is None:
         return {}
     found = {}
-    for optim in optimisers_of(optimizer, weights, "LoRA weight of this network"):
+    for optim in optimizers_of(optimizer, weights, "LoRA weight of this network"):
         for weight in optim.state.keys() & set(weights):
             moments = {
                 key: value
@@ -196,7 +197,7 @@ def _states(optimizer: Any, weights: list[Tensor]) -> dict[Tensor, dict[str, Ten
                     raise TypeError(
                         f"{type(optim).__name__} keeps {key!r}, of which nothing says "
                         f"how it changes with the basis; use Adam, AdamW or SGD, or "
-                        f"balance(net, gramians) and start a new optimiser"
+                        f"balance(net, gramians) and start a new optimizer"
                     )
             found[weight] = moments
     return found

@@ -7,16 +7,17 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lrvd_pyro.batches import check_several
+from lrvd_pyro.batches import batch_size, check_several
 from lrvd_pyro.gauge.balancing import rebalance
-from lrvd_pyro.gauge.centring import centre
-from lrvd_pyro.gauge.gramians import gramians, seeded_by
-from lrvd_pyro.gauge.noise_to_signal import optimal_alpha
+from lrvd_pyro.gauge.centering import center
+from lrvd_pyro.gauge.closed_form_noise import optimal_alpha
+from lrvd_pyro.gauge.second_moments import gramians, seeded_by
 from lrvd_pyro.guides import RankDiagonal
-from lrvd_pyro.likelihoods import Likelihood
+from lrvd_pyro.likelihoods.base import Likelihood
 from lrvd_pyro.models import GateLoRA
-from lrvd_pyro.noise import batch_size
-from lrvd_pyro.priors import ARD, LogUniform, Prior
+from lrvd_pyro.priors.base import Prior
+from lrvd_pyro.priors.gaussian import ARD
+from lrvd_pyro.priors.log_uniform import LogUniform
 
 
 def bayesianize(
@@ -28,7 +29,7 @@ def bayesianize(
     adapter: str | None = None,
     prior: Prior | None = None,
     balance: bool = True,
-    centred: bool = False,
+    centered: bool = False,
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> tuple[GateLoRA, RankDiagonal]:
@@ -47,11 +48,11 @@ def bayesianize(
         num_data: The number of training examples; None counts those of ``batches``.
         adapter: The adapter's name; None takes the single active one.
         prior: LogUniform (None), Normal or ARD.
-        balance: False leaves the gauge as training left it; unless ``centred``, one
+        balance: False leaves the gauge as training left it; unless ``centered``, one
             pass is enough then.
-        centred: Let gates act about the mean of their rank's activations. What `prune`
-            removes then leaves its mean behind, in a bias: see `gauge.centre`. False
-            takes away a centre that the adapter had.
+        centered: Let gates act about the mean of their rank's activations. What `prune`
+            removes then leaves its mean behind, in a bias: see `gauge.center`. False
+            takes away a center that the adapter had.
         generator: Of the sampled labels.
         progress: Show a bar for each pass.
 
@@ -83,16 +84,16 @@ def bayesianize(
     ours = False
     try:
         found = gramians(model, batches, **options)
-        centre(model, found if centred else None)
-        ours = centred
+        center(model, found if centered else None)
+        ours = centered
         if balance:
-            moments = found.centred() if centred else found
+            moments = found.centered() if centered else found
             rebalance(model.space, moments, None, "kept")
-        if balance or centred:
+        if balance or centered:
             found = gramians(model, batches, **options)
     except BaseException:
         if ours:
-            centre(model, None)
+            center(model, None)
         model.space.close()
         model.release()
         raise

@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrvd_pyro.centres import centre_of
+from lrvd_pyro.batches import batch_size
 from lrvd_pyro.gauge.balancing import Change, rebalance
-from lrvd_pyro.gauge.gramians import Gramians, Sums, tapped
+from lrvd_pyro.gauge.second_moments import Gramians, Sums, tapped
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import GateLoRA
-from lrvd_pyro.moments import torch_optimisers
-from lrvd_pyro.noise import batch_size
-from lrvd_pyro.pruning import check_pair
+from lrvd_pyro.rank_space.center import center_of
+from lrvd_pyro.selection.optimizer_moments import torch_optimizers
+from lrvd_pyro.selection.removal import check_pair
 
 
 class BalanceSchedule:
     """Moves A and B to the balanced gauge every k steps of training.
 
-    Call `step` after every optimisation step. On every m-th step the moments of
+    Call `step` after every optimization step. On every m-th step the moments of
     `gramians` are gathered from the training's own backward pass: with the observed
     labels, averaged over the guide's noise, the likelihood's factor N/B taken out. They
     are summed from one balancing to the next.
@@ -46,11 +46,11 @@ class BalanceSchedule:
         gather_every: Steps from one gathering to the next, m.
 
     Attributes:
-        steps: Optimisation steps seen.
+        steps: Optimization steps seen.
 
     Raises:
         TypeError: If the model is no `GateLoRA`, the guide no `RankDiagonal` that holds
-            its gates' mean at 1, or the optimiser none.
+            its gates' mean at 1, or the optimizer none.
         ValueError: If a count is out of range, or the guide belongs to another model.
 
     The loss must be in nats per data set, as `RankELBO` gives it: a factor on it, such
@@ -84,7 +84,7 @@ class BalanceSchedule:
         self.model, self.guide, self.optimizer = model, guide, optimizer
         self.every, self.gather_every = every, gather_every
         self.steps = 0
-        torch_optimisers(optimizer)  # refuses what is none
+        torch_optimizers(optimizer)  # refuses what is none
         self._taps, self._tapping, self._closed = ExitStack(), False, False
         self._forget()
         self._listen()
@@ -97,8 +97,8 @@ class BalanceSchedule:
         self._forget_if_pruned()
         if self.steps % self.every == 0 and self._examples:
             space, found = self.model.space, self.found()
-            point = centre_of(space)
-            moments = found.centred(point) if point else found
+            point = center_of(space)
+            moments = found.centered(point) if point else found
             changes = rebalance(space, moments, self.optimizer, lengths="kept")
             self._deal_noise(changes)
             self._forget()
@@ -207,7 +207,7 @@ class BalanceSchedule:
         """A parameter's data and its moments."""
         moments = [
             moment
-            for optim in torch_optimisers(self.optimizer)
+            for optim in torch_optimizers(self.optimizer)
             for moment in optim.state.get(parameter, {}).values()
             if isinstance(moment, Tensor) and moment.shape == parameter.shape
         ]

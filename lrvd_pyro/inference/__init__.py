@@ -1,0 +1,10 @@
+"""The true evidence lower bound, and what it needs of programs and parameters.
+
+It knows neither PEFT nor the network.
+"""
+
+from lrvd_pyro.inference.elbo import RankELBO, linear_warmup
+from lrvd_pyro.inference.param_store import give_own_name
+from lrvd_pyro.inference.per_example import PerExample
+
+__all__ = ["PerExample", "RankELBO", "give_own_name", "linear_warmup"]

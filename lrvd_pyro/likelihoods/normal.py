@@ -1,0 +1,110 @@
+"""Regression."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro import distributions as dist
+from pyro.distributions import constraints
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor
+
+from lrvd_pyro.likelihoods.base import data_plate, precise, samples_first
+
+
+@dataclass(frozen=True)
+class NormalPrediction:
+    """The posterior predictive of a regression for n data, from S samples.
+
+    Attributes:
+        mean: ``n``, predictive mean.
+        variance: ``n``, predictive variance: noise plus spread of the means.
+        entropy: ``n``, of the Gaussian with that variance, in nats.
+        mutual_information: ``n``, ``log(variance / noise) / 2``, in nats; exact if the
+            means are Gaussian.
+        samples: ``S x n`` means if asked for, else None.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    entropy: Tensor
+    mutual_information: Tensor
+    samples: Tensor | None = None
+
+
+class Normal(PyroModule):
+    """Regression: ``labels ~ Normal(predictions, scale)`` with a learned ``scale``.
+
+    Predictions are ``B`` or ``B x 1``, labels ``B`` and floating point.
+
+    Args:
+        scale: The initial standard deviation of the noise.
+
+    Raises:
+        TypeError: If labels are not floating point.
+        ValueError: If ``scale`` is not positive, or there is not one label per
+            prediction.
+    """
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        if not scale > 0:
+            raise ValueError(f"scale={scale}; expected a positive standard deviation")
+        self.scale: Any = PyroParam(torch.tensor(scale), constraints.positive)
+
+    def forward(
+        self, predictions: Tensor, labels: Tensor | None, num_data: int
+    ) -> None:
+        mean = self._mean(predictions)
+        if labels is not None and not labels.is_floating_point():
+            raise TypeError(
+                f"labels have dtype {labels.dtype}; expected floating point: "
+                f"labels.float() (for classes, likelihoods.Categorical())"
+            )
+        if labels is not None and labels.shape != mean.shape:
+            raise ValueError(
+                f"labels have shape {tuple(labels.shape)} and predictions "
+                f"{tuple(predictions.shape)}; expected one label per prediction"
+            )
+        with data_plate(len(mean), labels, num_data):
+            noise = dist.Normal(mean, self.scale.to(mean.device), validate_args=False)
+            pyro.sample("labels", noise, obs=labels)
+
+    def _mean(self, predictions: Tensor) -> Tensor:
+        if predictions.dim() == 2 and predictions.shape[1] == 1:
+            predictions = predictions.squeeze(1)
+        if predictions.dim() != 1:
+            raise ValueError(
+                f"predictions have shape {tuple(predictions.shape)}; expected one per "
+                f"example: load the network with num_labels=1"
+            )
+        return precise(predictions)
+
+    def fisher_roots(self, predictions: Tensor) -> Tensor:
+        mean = self._mean(predictions)
+        root: Tensor = mean / self.scale.detach().to(mean.device)
+        return root.unsqueeze(-1)
+
+    def contrasts(self, predictions: Tensor) -> Tensor:
+        """The mean, ``B x 1``."""
+        return self._mean(predictions).unsqueeze(-1)
+
+    def from_contrasts(self, contrasts: Tensor) -> Tensor:
+        return contrasts
+
+    def summarize(self, predictions: Tensor) -> dict[str, Tensor]:
+        means = torch.stack([self._mean(p) for p in predictions])
+        noise = self.scale.detach().to(means.device).square()
+        variance = noise + means.var(0, correction=0)
+        return {
+            "mean": means.mean(0),
+            "variance": variance,
+            "entropy": 0.5 * (2 * math.pi * math.e * variance).log(),
+            "mutual_information": 0.5 * (variance / noise).log(),
+            "samples": means.transpose(0, 1),
+        }
+
+    def collect(self, fields: dict[str, Tensor]) -> NormalPrediction:
+        return NormalPrediction(**samples_first(fields))

@@ -1,0 +1,222 @@
+"""The network linearized in its gates: a Gaussian over what a likelihood looks at."""
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import distributions as dist
+from pyro import poutine
+from torch import Tensor
+from torch.distributions import constraints
+
+from lrvd_pyro.batches import gate_rows
+from lrvd_pyro.inference.kl import latent_sites
+from lrvd_pyro.inference.per_example import PerExample
+from lrvd_pyro.models.base import RankModel
+
+DRAWS = 4096  # of gates, where a guide's covariance has no closed form
+NODES = 1024  # points of the Gaussian over contrasts
+
+# By model: its LoRA modules when rows were seen not to depend on each other
+_alone: weakref.WeakKeyDictionary[RankModel, tuple[str, ...]]
+_alone = weakref.WeakKeyDictionary()
+WAY_OUT = 'predict(..., method="sample") needs none'
+
+
+@dataclass(frozen=True)
+class GateMoments:
+    """Mean and covariance of the gate under a posterior, ``diag(d) + F^T F``.
+
+    Attributes:
+        mean: R.
+        diagonal: d, R.
+        factors: F, M x R.
+    """
+
+    mean: Tensor
+    diagonal: Tensor
+    factors: Tensor
+
+    @classmethod
+    def of_draws(cls, gates: Tensor) -> "GateMoments":
+        """Those of draws of the gate, S x R.
+
+        Raises:
+            ValueError: If there is only one draw.
+        """
+        if len(gates) < 2:
+            raise ValueError(
+                "got 1 draw of the posterior; expected at least two, whose covariance "
+                "the linearized predictive needs"
+            )
+        mean, scale = gates.mean(0), (len(gates) - 1) ** -0.5
+        return cls(mean, torch.zeros_like(mean), (gates - mean) * scale)
+
+    def project(self, jacobian: Tensor) -> Tensor:
+        """``J Cov J^T`` of each example, ``B x K x K``, for J ``B x K x R``."""
+        diagonal, factors = self.diagonal.to(jacobian), self.factors.to(jacobian)
+        spread = jacobian @ factors.T
+        return (jacobian * diagonal) @ jacobian.mT + spread @ spread.mT
+
+
+@torch.no_grad()
+def gate_moments(model: RankModel, guide: Any, batch: Mapping[str, Any]) -> GateMoments:
+    """Mean and covariance of the gate under a guide.
+
+    In closed form for `RankDiagonal` where the gate is its only site, and for Pyro's
+    Gaussian AutoGuides where the gate is the only site and real; otherwise from 4,096
+    draws, which cost no forward pass and leave an error of about 2% in a variance.
+
+    Args:
+        model: The model.
+        guide: Its guide, with parameters.
+        batch: What the guide is called with.
+    """
+    known = _closed_form(model, guide)
+    return known or GateMoments.of_draws(_gate_draws(model, guide, batch, DRAWS))
+
+
+class Linearized:
+    """Draws of the network's predictions, linearized in the gates, ``S x B x ...``.
+
+    With c(z) the contrasts of the likelihood (logit differences, a mean), J their
+    Jacobian at the posterior mean m of the gate and V its covariance, contrasts are
+    ``Normal(c(m), J V J^T)``. The S = 1,024 points (2 K for more than 512 contrasts)
+    are no random draws: a scrambled Sobol sequence through the Gaussian quantiles,
+    their mean and covariance made exact.
+
+    A linear layer over the gates makes this exact; elsewhere it errs as soon as the
+    posterior is wide enough to see the network's curvature.
+
+    Source: MacKay (1992), "The evidence framework applied to classification networks";
+    Immer, Korzepa and Bauer (2021, arXiv 2008.08216).
+
+    Args:
+        model: The model; `check_linearizable` says whether it can be.
+        moments: Of its gate.
+
+    Raises:
+        ValueError: From the call, if rows of the model's first batch (again after
+            pruning) depend on each other.
+    """
+
+    def __init__(self, model: RankModel, moments: GateMoments) -> None:
+        self.model, self.moments = model, moments
+
+    def __call__(self, batch: dict[str, Any]) -> Tensor:
+        """The predictions for one batch, ``S x B x ...``."""
+        mean, covariance = self.contrasts(batch)
+        size = mean.shape[1]
+        nodes = normal_nodes(max(NODES, 2 * size), size).to(mean)
+        draws = mean + torch.einsum("bjk,sk->sbj", symmetric_root(covariance), nodes)
+        return self.model.likelihood.from_contrasts(draws)
+
+    def contrasts(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Mean ``B x K`` and covariance ``B x K x K`` of the contrasts of a batch."""
+        parameter = self.model.space.weights("lora_A")[0]
+        gate = self.moments.mean.to(parameter)
+        gates = gate_rows(gate, batch)
+        with torch.enable_grad(), self.model.bind(gates):
+            mean = self.model.likelihood.contrasts(self.model.predictions(**batch))
+            self._check_rows(mean, gates)
+            rows = [_gradient(contrast, gates) for contrast in mean.sum(0)]
+        return mean.detach(), self.moments.project(torch.stack(rows, 1).to(mean))
+
+    def _check_rows(self, mean: Tensor, gates: Tensor) -> None:
+        """Raise if an example's gates move another example's contrasts."""
+        modules = self.model.space.modules
+        if _alone.get(self.model) == modules or len(gates) == 1:
+            return
+        first = _gradient(mean[0].sum(), gates).abs()
+        if bool(first[1:].max() > 1e-6 * first.max()):
+            raise ValueError(
+                f"in {type(self.model.base_net.get_base_model()).__name__} the gates "
+                f"of one example move the predictions for another: its rows see each "
+                f"other, or its layers have the batch on another axis than the first; "
+                f'predict(..., method="sample") takes one draw for all'
+            )
+        if first.any():
+            _alone[self.model] = modules
+
+
+def check_linearizable(model: RankModel) -> None:
+    """Raise unless the network takes one gate per example.
+
+    Raises:
+        TypeError: If the model draws weights, or a layer is a DoRA layer.
+    """
+    space = model.space
+    if space.sides:
+        raise TypeError(
+            f"the linearized predictive needs gates, and {type(model).__name__} draws "
+            f"weights; {WAY_OUT}"
+        )
+    if space.dora:
+        raise TypeError(
+            f"the linearized predictive needs a gate per example, which the DoRA "
+            f"layer {space.dora[0]!r} does not take; {WAY_OUT}"
+        )
+
+
+def normal_nodes(count: int, size: int) -> Tensor:
+    """Points of equal weight for a standard Gaussian, ``count x size``.
+
+    Their mean is 0 and their covariance 1 to float error, if ``count > size``.
+    """
+    sobol: Any = torch.quasirandom.SobolEngine(size, scramble=True, seed=0)
+    uniform = sobol.draw(count, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
+    points = torch.special.ndtri(uniform)
+    points = points - points.mean(0)
+    whitener = torch.linalg.inv(symmetric_root(points.T @ points / count))
+    nodes: Tensor = points @ whitener
+    return nodes
+
+
+def symmetric_root(matrix: Tensor) -> Tensor:
+    """The symmetric square root of positive semidefinite matrices, ``... x K x K``."""
+    values, vectors = torch.linalg.eigh(matrix)
+    root: Tensor = (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
+    return root
+
+
+def _gradient(value: Tensor, gates: Tensor) -> Tensor:
+    (gradient,) = torch.autograd.grad(value, gates, retain_graph=True)
+    return gradient
+
+
+def _closed_form(model: RankModel, guide: Any) -> GateMoments | None:
+    """The moments where the gate is the only latent site and its law is known."""
+    sites = model.latent_sites()
+    if set(sites) != {"gate"}:
+        return None
+    if hasattr(guide, "distributions"):
+        return _independent(guide.distributions()["gate"])
+    support: Any = sites["gate"].support
+    is_real = getattr(support, "base_constraint", support) is constraints.real
+    if not is_real or not hasattr(guide, "get_posterior"):
+        return None
+    posterior = guide.get_posterior()
+    if isinstance(posterior, dist.LowRankMultivariateNormal):
+        factors = posterior.cov_factor.T
+        return GateMoments(posterior.mean, posterior.cov_diag, factors)
+    if isinstance(posterior, dist.MultivariateNormal):
+        nothing = torch.zeros_like(posterior.mean)
+        return GateMoments(posterior.mean, nothing, posterior.scale_tril.T)
+    is_normal = isinstance(getattr(posterior, "base_dist", posterior), dist.Normal)
+    return _independent(posterior) if is_normal else None
+
+
+def _independent(posterior: Any) -> GateMoments:
+    mean = posterior.mean
+    return GateMoments(mean, posterior.variance, mean.new_zeros(0, len(mean)))
+
+
+def _gate_draws(
+    model: RankModel, guide: Any, batch: Mapping[str, Any], count: int
+) -> Tensor:
+    """Draws of the gate, ``count x R``, from one call of the guide."""
+    trace = poutine.trace(PerExample(count)(guide)).get_trace(**batch)
+    sites = latent_sites(trace)
+    return model.value_at({name: site["value"] for name, site in sites.items()})

@@ -1,0 +1,106 @@
+"""What every prior must keep to, so that it can be drawn once per example."""
+
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+
+from lrvd_pyro.inference import kl as divergence
+from lrvd_pyro.inference.per_example import PerExample
+from lrvd_pyro.priors.base import Prior
+from lrvd_pyro.rank_space.space import RankSpace
+
+CONTRACT = """A prior maps a RankSpace to the gate, of event shape (R,):
+  - every latent site has one event dimension: .to_event(1), a global scale shape (1,)
+  - indexing is by [..., index], and nothing stands in a plate
+  - no pyro.factor; parameters stand in a PyroModule, not in pyro.param
+for example
+  def prior(space):
+      scale = pyro.sample("scale", dist.HalfCauchy(space.ones(1)).to_event(1))
+      z = pyro.sample("z", dist.Normal(space.ones(), 1).to_event(1))
+      return scale * z"""
+
+
+def check_prior(prior: Prior, space: RankSpace) -> bool:
+    """Run a prior with batches of 2, R and R + 1; raise where it breaks the contract.
+
+    Returns:
+        Whether the prior itself puts a site named ``gate`` into the trace.
+
+    Raises:
+        ValueError: With the contract and the offending site.
+    """
+    for batch in sorted({2, max(space.size, 2), space.size + 1}):
+        with (
+            torch.random.fork_rng(),
+            pyro.get_param_store().scope(),
+            poutine.block(),
+            poutine.trace() as run,
+        ):
+            with PerExample(batch):
+                try:
+                    gate = prior(space)
+                except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                    raise _breach(f"it fails on a batch of {batch}: {error}") from error
+        _check_sites(prior, run.trace)
+        if not isinstance(gate, Tensor):
+            raise _breach(f"it returns {gate!r}; expected the gate, a tensor")
+        if gate.shape != (batch, space.size):
+            raise _breach(
+                f"the gate has shape {tuple(gate.shape)} on a batch of {batch}; "
+                f"expected {(batch, space.size)}"
+            )
+        if gate.isnan().any():
+            raise _breach("the gate is NaN")
+        nodes: dict[str, Any] = run.trace.nodes
+        if "gate" in nodes and not torch.equal(nodes["gate"]["value"], gate):
+            raise _breach("the site 'gate' is not what it returns; rename the site")
+        _check_rows(prior, space, gate, divergence.latent_sites(run.trace))
+    return "gate" in run.trace.nodes
+
+
+def _check_sites(prior: Prior, trace: poutine.Trace) -> None:
+    """Raise if a site of the trace breaks the contract."""
+    own = set(prior.parameters()) if isinstance(prior, nn.Module) else set()
+    nodes: dict[str, Any] = trace.nodes
+    for name, site in nodes.items():
+        if site["type"] == "param" and _unconstrained(site["value"]) not in own:
+            raise _breach(f"{name!r} is a pyro.param; make the prior a PyroModule")
+        if site["type"] != "sample" or site_is_subsample(site):
+            continue
+        if site["infer"].get("_deterministic"):
+            continue
+        if site["is_observed"]:
+            raise _breach(f"site {name!r} is observed (or a pyro.factor)")
+        if len(site["cond_indep_stack"]) != 1:
+            raise _breach(f"site {name!r} stands in a plate")
+        if site["fn"].event_dim != 1:
+            raise _breach(
+                f"site {name!r} has {site['fn'].event_dim} event dimensions, not 1"
+            )
+
+
+def _unconstrained(value: Any) -> Any:
+    return value.unconstrained() if hasattr(value, "unconstrained") else value
+
+
+def _check_rows(prior: Prior, space: RankSpace, gate: Tensor, sites: Any) -> None:
+    """Raise if an example's gate, or a density, depends on another example's draw."""
+    for row in (0, 1):
+        given = {name: site["value"][row] for name, site in sites.items()}
+        with poutine.block(), poutine.trace() as run, poutine.condition(data=given):
+            alone = prior(space)
+        same = torch.allclose(alone, gate[row], equal_nan=True)
+        for name, site in sites.items():
+            fn: Any = run.trace.nodes[name]["fn"]
+            density = site["fn"].log_prob(site["value"])[row]
+            same &= torch.allclose(fn.log_prob(given[name]), density, equal_nan=True)
+        if not same:
+            raise _breach("an example's gate depends on the draws of other examples")
+
+
+def _breach(problem: str) -> ValueError:
+    return ValueError(f"the prior breaks its contract: {problem}\n{CONTRACT}")

@@ -1,0 +1,77 @@
+"""Scale-invariant gates: log-uniform on the line, or on an interval."""
+
+import math
+from typing import Any
+
+import pyro
+from pyro import distributions as dist
+from torch import Tensor
+
+from lrvd_pyro import distributions
+from lrvd_pyro.priors.base import positive, sample_site
+from lrvd_pyro.rank_space.space import RankSpace
+
+
+class LogUniform:
+    """Scale-invariant gates, ``p(z) = 1 / |z|`` independently for each rank component.
+
+    Improper, without scale: it goes with Gaussian guides, whose KL then depends on the
+    noise-to-signal ratio alone, and has neither draws nor a posterior for MCMC. Site:
+    ``gate``, event shape (R,).
+
+    Args:
+        multiplicity: Count each gate as this many tied copies: `RankELBO` multiplies
+            the site's log densities in model and guide, so its KL. The number of
+            elements of A and B that a gate scales gives the strength of the published
+            code's prior.
+
+    Raises:
+        ValueError: If ``multiplicity`` is not positive; or where the prior itself
+            would be sampled, by MCMC or by `pyro.infer.Predictive` without guide.
+
+    Source: Kingma, Salimans and Welling (2015, arXiv 1506.02557); Molchanov, Ashukha
+    and Vetrov (2017, arXiv 1701.05369).
+    """
+
+    def __init__(self, multiplicity: float = 1.0) -> None:
+        self.multiplicity = positive("multiplicity", multiplicity)
+
+    def __call__(self, space: RankSpace) -> Tensor:
+        return self.sample("gate", space.size)
+
+    def sample(self, site: str, size: int) -> Tensor:
+        """Draw ``size`` components as one site."""
+        prior = distributions.LogUniform().expand([size])
+        independent: dist.TorchDistribution = prior.to_event(1)  # type: ignore[no-untyped-call]
+        infer: Any = {"multiplicity": self.multiplicity}
+        value: Tensor = pyro.sample(site, independent, infer=infer)
+        return value
+
+
+class TruncatedLogUniform:
+    """Log-uniform gates on ``[exp(low), exp(high)]``, positive and proper.
+
+    Scale-invariant within its bounds. Site: ``gate``, event shape (R,).
+
+    Args:
+        low: The lower bound of log z.
+        high: The upper bound of log z.
+
+    Raises:
+        ValueError: If the interval does not hold log z = 0, where guides start.
+
+    Source: Neklyudov, Molchanov, Ashukha and Vetrov (2017, arXiv 1705.07283).
+    """
+
+    def __init__(self, low: float = -20.0, high: float = 2.0) -> None:
+        if not -math.inf < low < 0 < high < math.inf:
+            raise ValueError(
+                f"low={low}, high={high}; expected bounds of log z around 0, where "
+                f"guides start: TruncatedLogUniform(-20.0, 2.0)"
+            )
+        self.low, self.high = low, high
+
+    def __call__(self, space: RankSpace) -> Tensor:
+        each = space.ones()
+        prior = distributions.TruncatedLogUniform(self.low * each, self.high * each)
+        return sample_site("gate", prior)

@@ -1,0 +1,109 @@
+"""The hooks on the LoRA layers of an adapter, and whether a draw can enter them."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from lrvd_pyro._compat.transformers import checkpointing_blocks
+from lrvd_pyro.rank_space.bank import Bank, Parts
+from lrvd_pyro.rank_space.checkpointing import carried_by_checkpoints
+from lrvd_pyro.rank_space.hooks import GateHook, WeightHook, obstacle, own_hooks
+
+Side = Literal["lora_A", "lora_B"]
+
+
+class Binding:
+    """Hooks on every LoRA layer of an adapter, which read one `Bank`.
+
+    Args:
+        net: The PEFT model.
+        adapter: The adapter's name.
+        layers: The LoRA layers by name, in the order of their rank components.
+        sides: Which weights may be drawn; gates need none.
+    """
+
+    def __init__(
+        self,
+        net: PeftModel,
+        adapter: str,
+        layers: Mapping[str, LoraLayer],
+        sides: tuple[Side, ...],
+    ) -> None:
+        self.net, self.adapter, self.layers = net, adapter, dict(layers)
+        self.bank = Bank()
+        self._fired = False
+        self._blocks = checkpointing_blocks(net)
+        self._gates = [GateHook(self.bank, i) for i in range(len(layers))]
+        self._hooked: list[nn.Module] = []
+        for layer, gate in zip(layers.values(), self._gates, strict=True):
+            lora_B = layer.lora_B[adapter]
+            lora_B.register_forward_pre_hook(gate)
+            self._hooked.append(lora_B)
+        for side in sides:
+            for index, layer in enumerate(layers.values()):
+                module = getattr(layer, side)[adapter]
+                module.register_forward_hook(WeightHook(self.bank, side, index))
+                self._hooked.append(module)
+
+    @contextmanager
+    def holding(self, parts: Parts) -> Iterator[None]:
+        """Let the forward passes within the block read ``parts``.
+
+        Raises:
+            RuntimeError: As `require_live` and `check_fired` raise it.
+        """
+        self.require_live()
+        parts = {**(self.bank.parts or {}), **parts}
+        with self.bank.holding(parts), carried_by_checkpoints(self._blocks, self.bank):
+            yield
+        if any(gate.fired for gate in self._gates):
+            self.check_fired()
+
+    def check_fired(self) -> None:
+        """Raise if a LoRA module took no part in the passes so far."""
+        if self._fired:
+            return
+        silent = [n for n, gate in zip(self.layers, self._gates) if not gate.fired]
+        if silent:
+            raise RuntimeError(
+                f"the forward pass never reached the LoRA modules {silent}, so their "
+                f"rank components would be drawn in vain; leave them out of "
+                f"target_modules (LoraConfig's exclude_modules)"
+            )
+        self._fired = True
+
+    def require_live(self) -> None:
+        """Raise a RuntimeError unless a draw can enter the forward pass."""
+        first = next(iter(self.layers.values()))
+        if all(module is not first for module in self.net.modules()):
+            raise RuntimeError(
+                f"adapter {self.adapter!r} was unloaded from the network, so that no "
+                f"draw can enter the forward pass; make the model again"
+            )
+        for (name, layer), gate in zip(self.layers.items(), self._gates, strict=True):
+            if found := obstacle(layer, self.adapter, gate):
+                raise RuntimeError(
+                    f"adapter {self.adapter!r} {found[0]} in {name!r}, so that no draw "
+                    f"can enter the forward pass; {found[1]}"
+                )
+
+    def drop(self, names: set[str]) -> None:
+        """Take the hooks off these layers; the others keep their order."""
+        stay = [i for i, name in enumerate(self.layers) if name not in names]
+        numbers = {old: new for new, old in enumerate(stay)}
+        for hooks, key, hook in own_hooks(self._hooked, self.bank):
+            if hook.index in numbers:
+                hook.index = numbers[hook.index]
+            else:
+                del hooks[key]
+        self._gates = [self._gates[i] for i in stay]
+        self.layers = {n: m for n, m in self.layers.items() if n not in names}
+
+    def close(self) -> None:
+        """Take every hook off."""
+        for hooks, key, _ in own_hooks(self._hooked, self.bank):
+            del hooks[key]

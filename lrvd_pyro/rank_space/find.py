@@ -1,0 +1,122 @@
+"""Which LoRA layers of a PEFT model a draw can enter, and the others with a way out."""
+
+import warnings
+from collections.abc import Iterable
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from lrvd_pyro._compat.torch import is_compiled
+from lrvd_pyro.rank_space.constant import Constant
+
+# Layer kinds that send their rank activations through the module lora_B.
+GATED = {"Linear", "Conv1d", "Conv2d", "Conv3d", "Linear8bitLt", "Linear4bit"}
+VARIANTS = {"DoraLinearVariant"}
+
+
+def pick_adapter(net: PeftModel, adapter: str | None) -> str:
+    """The named adapter, or the single active one.
+
+    Raises:
+        TypeError: If ``net`` is no PEFT model.
+        ValueError: If the adapter is unknown, or several are active.
+    """
+    if not isinstance(net, PeftModel):
+        compiled = isinstance(getattr(net, "_orig_mod", None), PeftModel)
+        raise TypeError(
+            f"net is a {type(net).__name__}; expected a PEFT model: "
+            + ("make the model first, then net.compile()" if compiled else "")
+            + ("" if compiled else "get_peft_model(net, LoraConfig(r=8, ...))")
+        )
+    if adapter is None:
+        active: list[str] = net.active_adapters
+        if len(active) != 1:
+            raise ValueError(f"adapters {active} are active; name one: adapter=...")
+        return active[0]
+    if adapter not in net.peft_config:
+        raise ValueError(
+            f"adapter {adapter!r} is unknown; the network has {list(net.peft_config)}"
+        )
+    return adapter
+
+
+def find_layers(net: PeftModel, adapter: str, *, linear: bool) -> dict[str, LoraLayer]:
+    """The LoRA layers of an adapter by their names in the network without PEFT.
+
+    Args:
+        net: A PEFT model.
+        adapter: The adapter's name.
+        linear: Whether weights will be drawn, which linear layers alone allow.
+
+    Raises:
+        TypeError: If a hook on a layer would be silent or would mean something else.
+        ValueError: If there is no LoRA layer.
+        RuntimeError: If ``net`` or a part of it was compiled before.
+    """
+    layers = {
+        name.removeprefix("base_model.model."): layer
+        for name, layer in net.named_modules()
+        if isinstance(layer, LoraLayer) and adapter in layer.r
+    }
+    if not layers:
+        raise ValueError(
+            f"adapter {adapter!r} has no LoRA layer; inject one with "
+            f"get_peft_model(net, LoraConfig(r=8, target_modules=[...]))"
+        )
+    for name, layer in layers.items():
+        _check_layer(name, layer, adapter, linear)
+    _refuse_attention_parts(net, layers)
+    _warn_of_dropout(layers, adapter)
+    if is_compiled(net):
+        raise RuntimeError(
+            "the network was compiled already and would never look at new hooks; "
+            "make the model first, then call net.compile()"
+        )
+    return layers
+
+
+def _check_layer(name: str, layer: LoraLayer, adapter: str, linear: bool) -> None:
+    """Refuse a layer on which a hook would be silent or would mean something else."""
+    kind = type(layer).__name__
+    variant = type(layer.lora_variant.get(adapter)).__name__
+    out = "leave it out of target_modules, or target the linear layers inside it"
+    if kind not in GATED:
+        raise TypeError(
+            f"{name!r} is a LoRA {kind} layer, whose rank activations never pass "
+            f"through a module; {out}"
+        )
+    if adapter in layer.lora_variant and variant not in VARIANTS:
+        raise TypeError(
+            f"{name!r} uses {variant}, which is not W0 x + scaling B diag(z) A x; "
+            f"use plain LoRA, rsLoRA, or DoRA on linear layers"
+        )
+    drawable = isinstance(layer.lora_B[adapter], nn.Linear | Constant)
+    if linear and not drawable:
+        raise TypeError(
+            f"{name!r} is a LoRA {kind} layer; drawn weights A and B need Linear or "
+            f"Conv1D layers: use models.GateLoRA, or leave it out of target_modules"
+        )
+
+
+def _refuse_attention_parts(net: PeftModel, names: Iterable[str]) -> None:
+    """nn.MultiheadAttention reads the weight of its projection and never calls it."""
+    for name in names:
+        parent = net.get_submodule(f"base_model.model.{name}".rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            raise TypeError(
+                f"{name!r} belongs to an nn.MultiheadAttention, which reads its weight "
+                f"and never calls it; leave it out of target_modules "
+                f"(LoraConfig's exclude_modules)"
+            )
+
+
+def _warn_of_dropout(layers: dict[str, LoraLayer], adapter: str) -> None:
+    rates = {n: getattr(m.lora_dropout[adapter], "p", 0.0) for n, m in layers.items()}
+    noisy = [name for name, rate in rates.items() if rate > 0]
+    if noisy:
+        warnings.warn(
+            f"lora_dropout={rates[noisy[0]]} in {noisy[0]!r} is a second source of "
+            f"noise beside the posterior; use LoraConfig(lora_dropout=0.0)",
+            stacklevel=4,
+        )

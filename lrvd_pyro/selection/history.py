@@ -1,0 +1,109 @@
+"""A record of the ranks over training."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lrvd_pyro.guides.rank_diagonal import RankDiagonal
+
+if TYPE_CHECKING:
+    import pandas
+
+
+class RankHistory:
+    """Log alpha of every rank component over training, pruned ones as NaN.
+
+    Costs one reading of ``guide.log_alpha`` and R numbers per record; components keep
+    the numbers that they had in the full model, before any pruning.
+
+    Example::
+
+        history = RankHistory(guide)
+        for step, batch in enumerate(loader):
+            svi.step(**batch)
+            if step % 50 == 0:
+                history.record(step)
+        history.frame().groupby(["step", "layer"]).log_alpha.median()
+
+    Args:
+        guide: A `RankDiagonal`. Make the history before components are removed.
+
+    Attributes:
+        steps: The steps recorded, T of them.
+        coordinates: Module, type, layer and rank index of each component, as
+            `RankSpace.coordinates`.
+    """
+
+    def __init__(self, guide: RankDiagonal) -> None:
+        self.guide = guide
+        self.coordinates = guide.space.coordinates
+        self.steps: list[int] = []
+        self._columns = list(guide.space.origin)
+        self._records: list[Tensor] = []
+
+    def record(self, step: int) -> None:
+        """Note log alpha as it is now, after this step."""
+        present = self.guide.space.origin
+        record = torch.full((len(self._columns),), torch.nan, dtype=torch.float32)
+        column = {origin: i for i, origin in enumerate(self._columns)}
+        now = self.guide.log_alpha.to("cpu", torch.float32)
+        record[[column[origin] for origin in present]] = now
+        self.steps.append(step)
+        self._records.append(record)
+
+    @property
+    def log_alpha(self) -> Tensor:
+        """``T x R`` in float32, R of the full model; NaN where a component is gone."""
+        empty = torch.empty(0, len(self._columns), dtype=torch.float32)
+        return torch.stack(self._records) if self._records else empty
+
+    @property
+    def effective_rank(self) -> Tensor:
+        """``sum_i 1 / (1 + alpha_i)`` over the components present, (T,)."""
+        return torch.sigmoid(-self.log_alpha).nansum(-1)
+
+    @property
+    def effective_ranks(self) -> dict[str, Tensor]:
+        """The effective rank of each module of the full model, (T,) each."""
+        share = torch.sigmoid(-self.log_alpha).nan_to_num(0.0)
+        modules = [str(name) for name in self.coordinates["module"]]
+        return {
+            name: share[:, [i for i, m in enumerate(modules) if m == name]].sum(-1)
+            for name in dict.fromkeys(modules)
+        }
+
+    def frame(self) -> "pandas.DataFrame":
+        """One row per step and component: step, its coordinates, log_alpha."""
+        import pandas
+
+        times, size = len(self.steps), len(self._columns)
+        columns = {name: [*values] * times for name, values in self.coordinates.items()}
+        steps = [step for step in self.steps for _ in range(size)]
+        values = self.log_alpha.flatten().numpy()
+        return pandas.DataFrame({"step": steps, **columns, "log_alpha": values})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers, strings and one tensor, ``log_alpha``."""
+        return {
+            "steps": [*self.steps],
+            "columns": [*self._columns],
+            "coordinates": self.coordinates,
+            "log_alpha": self.log_alpha,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            ValueError: If the guide has rank components that the saved history lacks.
+        """
+        if foreign := set(self.guide.space.origin) - set(state["columns"]):
+            raise ValueError(
+                f"the saved history lacks the rank components {sorted(foreign)} of "
+                f"this guide; it belongs to another model"
+            )
+        self.steps, self._columns = [*state["steps"]], [*state["columns"]]
+        self.coordinates = state["coordinates"]
+        self._records = list(state["log_alpha"])

@@ -1,0 +1,120 @@
+"""Freeing the lower layers, below which no step needs a backward pass."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrvd_pyro.guides.rank_diagonal import RankDiagonal
+from lrvd_pyro.models import GateLoRA
+from lrvd_pyro.selection.removal import check_pair, select
+
+
+def free_lower_layers(
+    model: GateLoRA,
+    guide: RankDiagonal,
+    hankel_values: Mapping[str, Tensor] | None,
+    optimizer: Any = None,
+    *,
+    share: float = 1 / 3,
+    layers: int | None = None,
+) -> Tensor:
+    """Remove all ranks of the lowest layers that carry little, as `select` does.
+
+    Of ``sum t_i^2`` over all modules, in nats per data set, the lowest layers go that
+    hold at most ``share`` of it together; the highest stays. Or a given number of
+    layers goes, whatever they hold: the cost is then known beforehand.
+
+    From then on no layer below the first with a rank keeps activations or has a
+    backward pass, unless inputs require a gradient
+    (``net.disable_input_require_grads()``): a step costs less than one of plain LoRA,
+    and `predict` runs those layers once for all draws. Others have to learn what went:
+    call it early. After `gauge.center` they have less to learn, as means stay.
+
+    Example::
+
+        gather = BalanceSchedule(model, guide, svi.optim, every=10**9)
+        for step, batch in enumerate(loader, 1):
+            svi.step(**batch)
+            gather.step()
+            if step == 50:
+                found = gather.found()
+                center(model, found)
+                sizes = hankel_values(found.centered())
+                free_lower_layers(model, guide, sizes, svi.optim)
+                gather.close()
+
+    Args:
+        model: The `GateLoRA` in training.
+        guide: Its `RankDiagonal`.
+        hankel_values: t of each module, from `gauge.hankel_values`; None where
+            ``layers`` are given.
+        optimizer: What trains them, as in `prune`.
+        share: From 0 to below 1.
+        layers: How many layers to free instead, if not None.
+
+    Returns:
+        Which components stayed, bool (R,), R as before.
+
+    Raises:
+        TypeError: If the values are no mapping, or a layer is a DoRA layer.
+        ValueError: If ``share`` or ``layers`` is out of range, or the values belong to
+            other modules, are not finite or all 0.
+        Besides, as `selection.select` raises it; nothing has changed then.
+
+    Layers are told by the first number in a module's name; modules without one count
+    as the highest, and those of an encoder and a decoder that share a number go
+    together. A share of a sum that is far from converged is a rule of thumb, no
+    theorem: compare the accuracy with that of a run without, as
+    ``examples/benchmarks/whole_run.py`` does.
+
+    Source: freezing lower layers early, Brock et al. (2017, arXiv 1706.04983); which
+    ones, by the balanced singular values, derived here.
+    """
+    check_pair(model, guide)
+    if dora := model.space.dora:
+        raise TypeError(
+            f"the DoRA layer {dora[0]!r} cannot be left without a rank; use plain LoRA "
+            f"(LoraConfig(use_dora=False))"
+        )
+    layer = torch.tensor(model.space.coordinates["layer"])
+    layer[layer < 0] = layer.max() + 1
+    numbers = layer.unique()
+    if layers is None:
+        energy = _energy(model, hankel_values, share)
+        below = [energy[layer <= n].sum() for n in numbers[:-1]]
+        layers = sum(bool(part <= share * energy.sum()) for part in below)
+    if layers not in range(len(numbers)):
+        raise ValueError(
+            f"layers={layers}; expected 0 to {len(numbers) - 1}: {len(numbers)} layers "
+            f"have ranks, and the highest stays"
+        )
+    keep: Tensor = layer >= numbers[int(layers)]
+    select(model, guide, keep, optimizer)
+    return keep
+
+
+def _energy(model: GateLoRA, hankel_values: Any, share: float) -> Tensor:
+    """``t^2`` of each component, (R,), if a share of their sum means something."""
+    space = model.space
+    if not 0 <= share < 1:
+        raise ValueError(f"share={share}; expected a number from 0 to below 1")
+    if not isinstance(hankel_values, Mapping):
+        raise TypeError(
+            f"got {type(hankel_values).__name__}; expected t by module: "
+            f"hankel_values(gramians(model, batches))"
+        )
+    given = {name: len(t) for name, t in hankel_values.items()}
+    if given != dict(zip(space.modules, space.ranks, strict=True)):
+        raise ValueError(
+            "the Hankel values are of other LoRA modules or ranks; take them again: "
+            "hankel_values(gramians(model, batches))"
+        )
+    total = float(sum(t.abs().sum() for t in hankel_values.values()))
+    if not 0 < total < float("inf"):
+        raise ValueError(
+            f"the Hankel values sum to {total}; expected finite ones, not all 0: "
+            f"nothing was gathered, or no module's B has moved yet; train first"
+        )
+    return torch.cat([hankel_values[name].cpu().square() for name in space.modules])

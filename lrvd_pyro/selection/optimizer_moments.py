@@ -1,0 +1,122 @@
+"""Slicing an optimizer's moments along with the parameters that they belong to."""
+
+from collections.abc import Collection
+from functools import cache
+from typing import Any
+
+import torch
+from pyro.optim import PyroOptim
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from lrvd_pyro._compat.pyro import restored_without_a_step
+from lrvd_pyro.rank_space.removal import Cuts
+
+
+def torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """The torch optimizers, so far made, behind one of torch, Pyro or this library.
+
+    Raises:
+        TypeError: If it is none of these.
+        ValueError: If it holds a restored state that no step has used yet.
+    """
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return [optimizer]
+    if not isinstance(optimizer, PyroOptim):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}; expected the optimizer itself "
+            f"(SVI's is svi.optim, a scheduler's is scheduler.optimizer), or None "
+            f"before the first step"
+        )
+    if restored_without_a_step(optimizer) or getattr(optimizer, "_pending", None):
+        raise ValueError(
+            "the optimizer was restored and has taken no step since, so that its state "
+            "belongs to no parameter yet; take one step before selecting ranks"
+        )
+    made = [getattr(o, "optimizer", o) for o in optimizer.optim_objs.values()]
+    ours = getattr(optimizer, "torch_optim", None)
+    return made if ours is None else [*made, ours]
+
+
+def optimizers_of(
+    optimizer: Any, tensors: Collection[Tensor], what: str
+) -> list[torch.optim.Optimizer]:
+    """`torch_optimizers`, of which one holds some of ``tensors``, or none yet any.
+
+    Raises:
+        TypeError: As `torch_optimizers` raises it.
+        ValueError: If they hold other parameters only.
+    """
+    optims = torch_optimizers(optimizer)
+    known = {p for o in optims for group in o.param_groups for p in group["params"]}
+    if known and known.isdisjoint(tensors):
+        raise ValueError(
+            f"the optimizer holds no {what}; pass the one that trains them"
+        )
+    return optims
+
+
+def check_state(optimizer: Any, cuts: Cuts) -> None:
+    """Raise unless `select_state` can slice an optimizer's state.
+
+    Raises:
+        TypeError: If the state is not one tensor per parameter and of its shape.
+        ValueError: If the optimizer knows none of the parameters.
+    """
+    optims = optimizers_of(optimizer, cuts, "parameter of this model and guide")
+    for optim in optims:
+        for parameter in cuts.keys() & optim.state.keys():
+            for key, value in optim.state[parameter].items():
+                shape = getattr(value, "shape", () if _is_number(value) else None)
+                if shape not in ((), (1,), parameter.shape):
+                    raise TypeError(
+                        f"{type(optim).__name__} keeps {key!r} in another shape than "
+                        f"the parameter's, so that its rows cannot be told apart; use "
+                        f"Adam or AdamW, or start a new optimizer after selecting"
+                    )
+
+
+def select_state(optimizer: Any, cuts: Cuts, gone: set[Tensor]) -> None:
+    """Slice an optimizer's moments as their parameters; forget the ``gone`` ones.
+
+    Numbers of steps taken stay. Works on what the optimizer holds, so that whatever
+    refers to its groups, a scheduler, goes on.
+    """
+    for optim in torch_optimizers(optimizer):
+        for group in optim.param_groups:
+            group["params"][:] = [p for p in group["params"] if p not in gone]
+        for parameter in gone & optim.state.keys():
+            del optim.state[parameter]
+        for parameter in cuts.keys() & optim.state.keys():
+            dim, index = cuts[parameter]
+            state = optim.state[parameter]
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.dim() == parameter.dim():
+                    state[key] = value.index_select(dim, index.to(value.device))
+    if isinstance(optimizer, PyroOptim):
+        for parameter in gone & optimizer.optim_objs.keys():
+            del optimizer.optim_objs[parameter], optimizer.grad_clip[parameter]
+
+
+@cache
+def watch_for_stale_state() -> None:
+    """From now on, let a torch step on moments of another shape be an error.
+
+    A fused step would read them without a word, row after wrong row.
+    """
+    register_optimizer_step_pre_hook(_refuse_stale_state)
+
+
+def _refuse_stale_state(optim: torch.optim.Optimizer, *_: Any) -> None:
+    for parameter, state in optim.state.items():
+        for moment in (state.get("exp_avg"), state.get("momentum_buffer")):
+            if isinstance(moment, Tensor) and moment.shape != parameter.shape:
+                raise RuntimeError(
+                    f"a parameter has shape {tuple(parameter.shape)} and its moments "
+                    f"{tuple(moment.shape)}: ranks were selected without the optimizer;"
+                    f" pass it, prune(model, guide, optimizer)"
+                )
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or isinstance(value, int | float)

@@ -1,0 +1,124 @@
+"""Rank selection while training goes on."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lrvd_pyro.guides.rank_diagonal import RankDiagonal
+from lrvd_pyro.inference.elbo import RankELBO
+from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.selection.criteria import best_of_modules, refuse_nothing_left
+from lrvd_pyro.selection.removal import check_pair, select
+
+if TYPE_CHECKING:
+    pass
+
+
+class RankSchedule:
+    """Prunes during training: call `step` after every optimization step.
+
+    From step ``start`` on it looks every ``every`` steps, and removes the components
+    whose log alpha was above the threshold at ``checks`` looks in a row. While the KL
+    weight of ``elbo`` still rises it does not look: log alpha then belongs to another
+    posterior than the one in training, and what was removed never returns.
+
+    Example::
+
+        schedule = RankSchedule(
+            model, guide, svi.optim, start=500, every=100, checks=3, elbo=elbo
+        )
+        for batch in loader:
+            svi.step(**batch)
+            schedule.step()
+
+    Args:
+        model: The model in training.
+        guide: Its `RankDiagonal`.
+        optimizer: What trains both, as in `prune`.
+        start: The first step to look at, counted from 1.
+        every: Steps between looks.
+        log_alpha_threshold: As in `prune`; `lrvd_pyro.selection.criteria` has its units.
+        checks: Looks in a row above the threshold before a component goes.
+        min_rank: What every module keeps at least.
+        elbo: The loss, to know when its KL has warmed up.
+
+    Attributes:
+        steps: Optimization steps seen.
+        above: For each rank component, looks in a row above the threshold, (R,).
+
+    Raises:
+        TypeError: If the guide is no `RankDiagonal`.
+        ValueError: If a count is out of range; from `step`, if nothing would be left:
+            with a diagnosis, all as it was.
+    """
+
+    def __init__(
+        self,
+        model: RankModel,
+        guide: RankDiagonal,
+        optimizer: Any,
+        *,
+        start: int,
+        every: int,
+        log_alpha_threshold: float = 3.0,
+        checks: int = 1,
+        min_rank: int = 0,
+        elbo: RankELBO | None = None,
+    ) -> None:
+        check_pair(model, guide)
+        if start < 0 or every < 1 or checks < 1:
+            raise ValueError(
+                f"start={start}, every={every}, checks={checks}; expected numbers of "
+                f"steps and looks: RankSchedule(..., start=500, every=100, checks=3)"
+            )
+        self.model, self.guide, self.optimizer = model, guide, optimizer
+        self.start, self.every, self.checks = start, every, checks
+        self.log_alpha_threshold = log_alpha_threshold
+        self.min_rank, self.elbo = min_rank, elbo
+        self.steps = 0
+        self.above = torch.zeros(model.space.size, dtype=torch.long)
+
+    def step(self) -> Tensor | None:
+        """Count a step; returns which components stayed, bool (R,), if some went."""
+        self.steps += 1
+        since = self.steps - self.start
+        if since < 0 or since % self.every or self._is_warming_up():
+            return None
+        log_alpha = self.guide.log_alpha
+        spared = best_of_modules(self.model, -log_alpha, self.min_rank).cpu()
+        above = (log_alpha > self.log_alpha_threshold).cpu()
+        counts = torch.where(above, self.above + 1, 0)
+        keep = spared | (counts < self.checks)
+        rule = f"log_alpha_threshold={self.log_alpha_threshold} at step {self.steps}"
+        refuse_nothing_left(self.model, self.guide, keep, rule)
+        select(self.model, self.guide, keep, self.optimizer)
+        self.above = counts[keep]
+        return None if keep.all() else keep
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counters, as JSON has them."""
+        return {"steps": self.steps, "above": self.above.tolist()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken, on a model pruned as that one was.
+
+        Raises:
+            ValueError: If the model has another number of rank components.
+        """
+        above = torch.tensor(state["above"], dtype=torch.long)
+        if len(above) != self.model.space.size:
+            raise ValueError(
+                f"the saved schedule counts {len(above)} rank components and the model "
+                f"has {self.model.space.size}; restore the model first, with "
+                f"lrvd_pyro.selection.select"
+            )
+        self.steps, self.above = int(state["steps"]), above
+
+    def _is_warming_up(self) -> bool:
+        weight = getattr(self.elbo, "kl_weight", None)
+        if self.elbo is None or not callable(weight):
+            return False
+        step = self.elbo.step
+        return any(weight(step + i) > weight(step) for i in (1, self.every))

@@ -1,0 +1,232 @@
+"""The posterior mean of an adapter as plain PEFT LoRA, or merged into the network.
+
+Gate means and scalings go into ``lora_B``, and ``r = lora_alpha`` in every module, so
+that the scaling is 1 whether or not a server reads ``rank_pattern`` and
+``alpha_pattern``. That is exact for DoRA too, whose norm depends on scaling B A alone.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+
+from lrvd_pyro._compat.transformers import attention_implementation
+from lrvd_pyro.batches import without_labels
+from lrvd_pyro.models.base import RankModel, evaluating
+from lrvd_pyro.predictive.predictive import posterior_mean
+from lrvd_pyro.storage.atomic import AnyPath, written_whole
+from lrvd_pyro.storage.mean_adapter import is_nothing, mean_modules, padded
+from lrvd_pyro.storage.peft_files import (
+    PREFIX,
+    adapter_state,
+    live_config,
+    lora_config,
+    module_names,
+    plain_name,
+    write_adapter,
+)
+
+Mode = Literal["pruned", "padded", "merged"]
+Guide = Callable[..., Any]
+
+# Initializations that subtract the first B A from the base weights.
+MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+HALF = (torch.bfloat16, torch.float16)
+PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_B.center")
+
+
+def export_peft(
+    path: AnyPath,
+    model: RankModel,
+    guide: Guide,
+    *,
+    mode: Mode = "pruned",
+    probe: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the posterior mean for those who know nothing of this library.
+
+    - "pruned": PEFT LoRA without the components whose mean gate is exactly 0, and
+      without the modules that have no other; ragged ranks by ``rank_pattern``.
+    - "padded": the same with zero rows up to one rank, for servers without patterns.
+    - "merged": a plain Transformers network, the adapter added to its weights.
+
+    Example::
+
+        export_peft("adapter", model, guide, probe=batch)
+        PeftModel.from_pretrained(AutoModel.from_pretrained(name), "adapter")
+
+    One forward pass at the mean is no average over the posterior: confidence is that
+    of a point estimate.
+
+    Args:
+        path: A folder that does not exist yet, or is empty.
+        model: The trained model; its network stays as it is.
+        guide: Its guide.
+        mode: "pruned", "padded" or "merged".
+        probe: A batch. What was written is loaded again, through plain PEFT or
+            Transformers, and its logits compared, before ``path`` exists.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: If ``path`` is not empty, nothing is left to export, the adapter
+            alone does not make the network, "merged" meets a bias and a layer without
+            one, or the probe's logits differ by more than 1e-5 of the largest (2e-2 in
+            half precision). Nothing is written then.
+        TypeError: If a layer cannot be padded, or "merged" meets no Transformers net.
+        RuntimeError: If the adapter is merged, disabled, inactive or deleted.
+    """
+    if mode not in ("pruned", "padded", "merged"):
+        raise ValueError(f'mode={mode!r}; expected "pruned", "padded" or "merged"')
+    refuse_other_adapters(model)
+    with written_whole(path) as folder:
+        if mode == "merged":
+            merge(model, guide).save_pretrained(folder)
+        else:
+            config, tensors = plain_adapter(model, guide, uniform=mode == "padded")
+            write_adapter(folder, config, tensors, model.base_net)
+        if probe is not None:
+            _compare(folder, model, guide, mode, probe)
+    return Path(path)
+
+
+def plain_adapter(
+    model: RankModel, guide: Guide, *, drop: bool = True, uniform: bool = False
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The mean adapter as PEFT stores it: its config and its tensors by name.
+
+    Args:
+        model: The trained model.
+        guide: Its guide.
+        drop: Leave out components whose mean gate is 0.
+        uniform: Fill up with zeros to one rank.
+
+    Raises:
+        ValueError: If nothing is left, or the adapter alone does not make the network.
+        TypeError: If a layer cannot be padded.
+    """
+    refuse_other_adapters(model)
+    _refuse_what_no_adapter_holds(model)
+    net, adapter = model.base_net, model.space.adapter
+    means = mean_modules(model, guide, drop=drop)
+    left = {name: mean for name, mean in means.items() if not is_nothing(mean)}
+    if not left:
+        raise ValueError(
+            "nothing is left to export: the mean of every gate is 0, and PEFT has no "
+            'adapter without rank; use export_peft(..., mode="merged")'
+        )
+    # PEFT knows no rank 0: where a bias alone is left, it comes with a row of zeros
+    ranks = {name: max(1, len(mean.lora_A)) for name, mean in left.items()}
+    if uniform:
+        ranks = dict.fromkeys(left, max(ranks.values()))
+    tensors = adapter_state(net, adapter)
+    for name in means:
+        for part in PARTS:
+            tensors.pop(f"{PREFIX}{name}.{part}", None)
+    for name, mean in left.items():
+        filled = padded(name, mean, ranks[name])
+        tensors |= {
+            f"{PREFIX}{name}.{part}": tensor
+            for part, tensor in zip(PARTS, filled)
+            if tensor is not None
+        }
+    config = lora_config(live_config(model), ranks, ranks, module_names(net))
+    config.use_rslora, config.inference_mode = False, True
+    config.lora_bias = any(mean.bias is not None for mean in left.values())
+    return config, tensors
+
+
+def merge(model: RankModel, guide: Guide) -> Any:
+    """A copy of the network without PEFT, the mean adapter added to its weights."""
+    net, adapter = model.base_net, model.space.adapter
+    if not hasattr(net.get_base_model(), "save_pretrained"):
+        raise TypeError(
+            f'mode="merged" writes a Transformers network, and this is a '
+            f'{type(net.get_base_model()).__name__}; use mode="pruned"'
+        )
+    twin = copy.deepcopy(net)
+    for name, mean in mean_modules(model, guide, drop=False).items():
+        layer: Any = twin.get_submodule(PREFIX + name)
+        layer.lora_A[adapter].weight.data = mean.lora_A.detach()
+        layer.lora_B[adapter].weight.data = mean.lora_B.detach()
+        layer.lora_bias[adapter] = mean.bias is not None and bool(mean.bias.any())
+        if mean.bias is not None:
+            layer.lora_B[adapter].bias.data = mean.bias.detach()
+        layer.scaling[adapter] = 1.0
+        if layer.lora_bias[adapter] and layer.get_base_layer().bias is None:
+            raise ValueError(
+                f"the adapter has a bias in {name!r}, whose layer has none to merge it "
+                f'into; use mode="pruned", or centered=False before ranks are removed'
+            )
+    return twin.merge_and_unload(adapter_names=[adapter])
+
+
+def refuse_other_adapters(model: RankModel) -> None:
+    """Raise if another adapter too shapes the logits."""
+    active, own = model.base_net.active_adapters, model.space.adapter
+    if list(active) != [own]:
+        raise ValueError(
+            f"adapters {list(active)} are active, and what is written holds "
+            f"{own!r} alone; call net.set_adapter({own!r})"
+        )
+
+
+def _refuse_what_no_adapter_holds(model: RankModel) -> None:
+    net, adapter = model.base_net, model.space.adapter
+    start = live_config(model).init_lora_weights
+    if isinstance(start, str) and start.lower().startswith(MOVES_BASE):
+        raise ValueError(
+            f"init_lora_weights={start!r} changed the base weights, which an adapter "
+            f'does not bring back; use export_peft(..., mode="merged")'
+        )
+    ours = set(adapter_state(net, adapter).values())
+    outside = [
+        n for n, p in net.named_parameters() if p.requires_grad and p not in ours
+    ]
+    if outside:
+        names = sorted({plain_name(n).rpartition(".")[0] for n in outside})
+        raise ValueError(
+            f"{names} train but belong to no adapter, so that plain PEFT would not "
+            f"load them; name them in LoraConfig(modules_to_save=...), or use "
+            f'export_peft(..., mode="merged")'
+        )
+
+
+def _compare(
+    folder: Path, model: RankModel, guide: Guide, mode: Mode, probe: Mapping[str, Any]
+) -> None:
+    """Raise unless what stands in the folder gives the logits of the mean adapter."""
+    net = model.base_net
+    inputs = without_labels(probe)
+    with evaluating(model), torch.no_grad():
+        with posterior_mean(model, guide):
+            expected = model.predictions(**inputs)
+        output = _reload(folder, net, mode).eval()(**inputs)
+    error = float((getattr(output, "logits", output) - expected).abs().max())
+    largest = float(expected.abs().max())
+    half = any(p.dtype in HALF for p in net.parameters())
+    tolerance = 2e-2 if half else 1e-5
+    if not error <= tolerance * largest:
+        raise ValueError(
+            f"loaded again, the export's logits differ by {error:.2g} from the mean "
+            f"adapter's, whose largest is {largest:.2g}; expected {tolerance} of that "
+            f"at most. Nothing was written. Does a forward pass repeat itself, "
+            f"net.eval()(**probe)? Then please report it with this message"
+        )
+
+
+def _reload(folder: Path, net: PeftModel, mode: Mode) -> nn.Module:
+    base: Any = net.get_base_model()
+    if mode == "merged":
+        attention = attention_implementation(base)
+        loaded: nn.Module = type(base).from_pretrained(
+            folder, dtype=base.dtype, attn_implementation=attention
+        )
+        return loaded.to(base.device)
+    plain: PeftModel = PeftModel.from_pretrained(copy.deepcopy(net).unload(), folder)
+    return plain

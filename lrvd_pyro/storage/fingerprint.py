@@ -1,0 +1,103 @@
+"""What tells one base network from another: a few values of every frozen parameter."""
+
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from lrvd_pyro.storage.peft_files import plain_name
+
+Fingerprint = dict[str, dict[str, Any]]
+SAMPLES = 4
+
+
+def fingerprint(net: nn.Module, without: Collection[str]) -> Fingerprint:
+    """Shape, precision and some values of each parameter that is no adapter's.
+
+    Args:
+        net: A network, with PEFT or without.
+        without: Names of parameters that the adapter brings along.
+    """
+    base = net.get_base_model() if isinstance(net, PeftModel) else net
+    return {
+        name: _sketch(parameter)
+        for full, parameter in base.named_parameters()
+        if not _is_adapters(full) and (name := plain_name(full)) not in without
+    }
+
+
+def check_base(
+    folder: Path, net: nn.Module, config: Mapping[str, Any], saved: Collection[str]
+) -> None:
+    """Raise unless ``net`` is the base that a folder was saved from, without PEFT.
+
+    Args:
+        folder: Where the config stands, for the message.
+        net: What might be the base.
+        config: As `lrvd_pyro.save` writes it.
+        saved: Names of the tensors that the adapter brings along.
+    """
+    if isinstance(net, PeftModel):
+        raise TypeError(
+            f"net is a {type(net).__name__}; expected the base without PEFT, into "
+            f"which load puts the saved adapter itself: load(path, net.unload())"
+        )
+    found = fingerprint(net, {plain_name(name) for name in saved})
+    if unlike := differences(found, config["base"]):
+        raise ValueError(
+            f"net is not the base that {folder} was saved from: "
+            f"{'; '.join(unlike[:3])} ({len(unlike)} differences); pass that base, "
+            f"from the same from_pretrained(...) and with the same options"
+        )
+
+
+def differences(found: Fingerprint, saved: Fingerprint) -> list[str]:
+    """In words, where two networks differ; values of unlike precision to 1%."""
+    missing = [f"{name} is missing" for name in saved if name not in found]
+    more = [f"{name} is one too many" for name in found if name not in saved]
+    both = [(name, found[name], saved[name]) for name in saved if name in found]
+    shapes = [
+        f"{name} has shape {mine['shape']}, not {theirs['shape']}"
+        for name, mine, theirs in both
+        if mine["shape"] != theirs["shape"]
+    ]
+    values = [
+        f"{name} has the values {mine['values']}, not {theirs['values']}"
+        for name, mine, theirs in both
+        if mine["shape"] == theirs["shape"] and not _alike(mine, theirs)
+    ]
+    return missing + more + shapes + values
+
+
+def _is_adapters(name: str) -> bool:
+    parts = name.split(".")
+    own = {"modules_to_save", "token_adapter"}
+    return any(p in own or p.startswith("lora_") for p in parts)
+
+
+def _sketch(parameter: Tensor) -> dict[str, Any]:
+    """Evenly spaced values, the last one among them; quantized weights have none."""
+    values: list[float] = []
+    if parameter.is_floating_point() and parameter.numel() and not parameter.is_meta:
+        flat = parameter.detach().reshape(-1)
+        last = len(flat) - 1
+        index = [last * (i + 1) // SAMPLES for i in range(SAMPLES)]
+        values = flat[torch.tensor(index, device=flat.device)].double().tolist()
+    return {
+        "dtype": str(parameter.dtype),
+        "shape": list(parameter.shape),
+        "values": values,
+    }
+
+
+def _alike(mine: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    exact = mine["dtype"] == theirs["dtype"]
+    pairs = zip(mine["values"], theirs["values"], strict=True)
+    near = {"rel_tol": 0.0 if exact else 1e-2, "abs_tol": 0.0 if exact else 1e-6}
+    return len(mine["values"]) == len(theirs["values"]) and all(
+        a == b or math.isclose(a, b, **near) for a, b in pairs
+    )

@@ -1,0 +1,182 @@
+"""The tensors of a model and its guide by name, and whether saved ones fit them."""
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrvd_pyro._compat.torch import persistent_buffers
+from lrvd_pyro.inference.param_store import waits_for_first_call
+from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.rank_space.center import center_at, center_of
+from lrvd_pyro.rank_space.removal import Cuts
+from lrvd_pyro.selection.removal import check_pair, prior_cuts
+from lrvd_pyro.storage.fingerprint import Fingerprint, differences, fingerprint
+from lrvd_pyro.storage.peft_files import plain_name
+
+Layout = dict[str, tuple[str, tuple[int, ...], bool]]  # dtype, shape, whether it trains
+
+AS_THEN = (
+    "Make net, prior, likelihood, model and guide as for the run that wrote it, before "
+    "any pruning, and call resume with them"
+)
+
+
+def stored_tensors(model: RankModel, guide: Any) -> dict[str, Tensor]:
+    """The tensors of model and guide that training may change, by name.
+
+    Trainable parameters, adapter weights (frozen ones may be random too), everything
+    of prior, likelihood and guide, and persistent buffers.
+
+    Raises:
+        TypeError: If ``guide`` is a function.
+        ValueError: If ``guide`` is an AutoGuide that has no parameters yet.
+    """
+    if not isinstance(guide, nn.Module):
+        raise TypeError(
+            f"guide is a {type(guide).__name__} without parameters of its own; "
+            f"checkpoints take a module: RankDiagonal(model), or any AutoGuide"
+        )
+    if waits_for_first_call(guide):
+        raise ValueError(
+            f"{type(guide).__name__} makes its parameters on its first call; call "
+            f"guide(**batch) once before checkpoint and resume"
+        )
+    tensors: dict[str, Tensor] = {}
+    for root, module in (("model", model), ("guide", guide)):
+        for name, parameter in module.named_parameters(root):
+            in_base = name.startswith("model.net.") and "lora_" not in name
+            if parameter.requires_grad or not in_base:
+                tensors[name] = parameter
+        for name, part in module.named_modules(prefix=root):
+            for key, buffer in persistent_buffers(part):
+                tensors[f"{name}.{key}"] = buffer
+    return tensors
+
+
+@contextmanager
+def room_for_centers(model: RankModel, saved: Layout) -> Iterator[None]:
+    """Let gates act about 0, as they do, where a run's acted about a center.
+
+    If the block fails, there is no center again.
+    """
+    had = any(name.endswith(".center") for name in saved)
+    if not had or center_of(model.space):
+        yield
+        return
+    center_at(model.space, torch.zeros(model.space.size))
+    try:
+        yield
+    except BaseException:
+        center_at(model.space, None)
+        raise
+
+
+def layout_of(
+    tensors: Mapping[str, Tensor], cuts: Cuts, freezing: Collection[Tensor] = ()
+) -> Layout:
+    """Data type, shape after the cuts, and whether it trains then, of each tensor."""
+    layout: Layout = {}
+    for name, tensor in tensors.items():
+        shape = list(tensor.shape)
+        if tensor in cuts:
+            dim, index = cuts[tensor]
+            shape[dim] = len(index)
+        trains = tensor.requires_grad and tensor not in freezing
+        layout[name] = str(tensor.dtype), tuple(shape), trains
+    return layout
+
+
+def ranks_left(path: Path, model: RankModel, saved: Mapping[str, Any]) -> Tensor:
+    """Which of the model's rank components a checkpoint has, bool (R,).
+
+    Raises:
+        ValueError: If it has others too.
+    """
+    space = model.space
+    there = dict(zip(saved["modules"], saved["ranks"]))
+    here = dict(zip(space.modules, space.ranks))
+    if here == there:
+        return torch.ones(space.size, dtype=torch.bool)
+    left = set(saved["origin"])
+    keep = torch.tensor([number in left for number in space.origin])
+    after = space.after(keep)
+    if dict(zip(after.modules, after.ranks)) != there:
+        names = [n for n in there | here if here.get(n) != there.get(n)]
+        found = (f"{n} {there.get(n, 0)}, here {here.get(n, 0)}" for n in names)
+        raise ValueError(
+            f"{path} has other rank components than this model can be pruned to: "
+            f"{some(found)}. {AS_THEN}"
+        )
+    return keep
+
+
+def check_layout(
+    path: Path,
+    model: RankModel,
+    guide: Any,
+    keep: Tensor,
+    present: Mapping[str, Tensor],
+    saved: Layout,
+) -> dict[str, Tensor]:
+    """The tensors that stay with the rank components ``keep`` (R,), nothing done yet.
+
+    Raises:
+        ValueError: If they will not be those of the checkpoint.
+        TypeError: If ranks are to go and the guide is no `RankDiagonal`.
+    """
+    cuts: Cuts = {}
+    leaving: set[Tensor] = set()
+    freezing: set[Tensor] = set()
+    if not keep.all():
+        space = model.space
+        check_pair(model, guide)
+        cuts = space.cuts(keep) | guide.cuts(keep) | prior_cuts(model, keep)
+        for layer, kept in zip(space.layers, space.split(keep).values()):
+            if kept.any():
+                continue
+            bias: Any = layer.lora_B[space.adapter].bias
+            for side in (layer.lora_A, layer.lora_B):
+                leaving.update(side[space.adapter].parameters())
+                leaving.update(side[space.adapter].buffers())
+            if bias is not None:  # stays as a constant
+                leaving.remove(bias)
+                freezing.add(bias)
+    staying = {name: t for name, t in present.items() if t not in leaving}
+    here = layout_of(staying, cuts, freezing)
+    if names := [n for n in saved | here if here.get(n) != saved.get(n)]:
+        found = (f"{n} {saved.get(n)}, here {here.get(n)}" for n in names)
+        raise ValueError(
+            f"{path} does not fit this model and guide in (dtype, shape, trains): "
+            f"{some(found)}. {AS_THEN}"
+        )
+    return staying
+
+
+def base_of(model: RankModel) -> Fingerprint:
+    """What tells the frozen base from another."""
+    base = model.base_net.get_base_model()
+    named = base.named_parameters()
+    return fingerprint(base, {plain_name(n) for n, p in named if p.requires_grad})
+
+
+def check_base(path: Path, model: RankModel, saved: Fingerprint) -> None:
+    """Raise unless the frozen base is the one that a checkpoint was trained on.
+
+    Raises:
+        ValueError: If it is another.
+    """
+    if unlike := differences(base_of(model), saved):
+        raise ValueError(
+            f"{path} was trained on another base: {some(unlike)}. Make net on that one,"
+            f" by the same from_pretrained(...), and call resume again"
+        )
+
+
+def some(items: Iterable[str]) -> str:
+    """The first three, and how many more there are."""
+    first, rest = (them := [*items])[:3], len(them) - 3
+    return "; ".join(first) + (f"; and {rest} more" if rest > 0 else "")

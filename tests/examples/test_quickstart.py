@@ -1,0 +1,298 @@
+"""The quickstart: its corpus, its data files, and the whole of it, made tiny."""
+
+import importlib
+import io
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from inferred import QUIET, az
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoModelForSequenceClassification
+
+import lrvd_pyro as lrvd
+from lrvd_pyro.diagnostics.calibration import calibration_report, scores
+
+pytestmark = QUIET
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NAMES = "numpy scipy torch sklearn scikit-learn pandas matplotlib sympy np. pd. plt."
+
+
+@pytest.fixture(autouse=True)
+def examples_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+
+
+def shrunk(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    module = importlib.import_module("quickstart")
+    monkeypatch.setattr(module, "PER_LIBRARY", 12)
+    monkeypatch.setattr(module, "SENTENCES", 64)
+    monkeypatch.setattr(module, "SAMPLES", 3)
+    monkeypatch.setattr(module, "BATCH", 4)
+    monkeypatch.setattr(module, "LR", 2e-2)  # so that B leaves zero in ten steps
+    monkeypatch.setattr(importlib.import_module("run_folder"), "DRAWS", 5)
+    return module
+
+
+@pytest.fixture
+def quickstart(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return shrunk(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One run with the default data: what it printed, read and wrote."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        module = shrunk(monkeypatch)
+        folder = tmp_path_factory.mktemp("runs") / "tiny"
+        options = ["--epochs", "3", "--r", "4"]
+        with redirect_stdout(io.StringIO()) as out:
+            module.main([*options, "--out", str(folder)])
+            task = module.load_task(module.options().parse_args(options))
+        report = json.loads((folder / "report.json").read_text())
+        yield SimpleNamespace(
+            out=out.getvalue(), task=task, folder=folder, report=report, options=options
+        )
+
+
+def base(task: Any) -> Any:
+    """The pretrained network as anyone would load it."""
+    torch.set_default_dtype(torch.float32)
+    return AutoModelForSequenceClassification.from_pretrained(
+        importlib.import_module("text_data").MINILM, num_labels=task.classes
+    )
+
+
+def test_corpus_is_disjoint_masked_and_holds_every_label() -> None:
+    docstrings = importlib.import_module("docstrings")
+    text_data = importlib.import_module("text_data")
+    data, held_out = docstrings.corpus(60)
+    parts = [part.texts for part in text_data.split(data, 10_000, seed=0)]
+    texts = [text.lower() for part in [*parts, held_out] for text in part]
+    assert len(texts) == len(set(texts)) == 60 * (len(docstrings.LIBRARIES) + 1)
+    assert not [text for text in texts for name in NAMES.split() if is_in(name, text)]
+    for part in text_data.split(data, 10_000, seed=0):
+        assert set(part.labels) == set(range(len(docstrings.LIBRARIES)))
+
+
+def is_in(name: str, text: str) -> bool:
+    return bool(re.search(rf"\b{re.escape(name)}" if "." in name else name, text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A NumPy array",
+        "see np.where",
+        "torch.nn",
+        "PyTorch",
+        "scikit-learn",
+        "to_numpy",
+    ],
+)
+def test_mask_hides_names_in_any_case(text: str) -> None:
+    docstrings = importlib.import_module("docstrings")
+    masked = docstrings.mask(text)
+    assert docstrings.MASK in masked
+    assert not [name for name in NAMES.split() if is_in(name, masked.lower())]
+
+
+def test_mask_leaves_other_words_alone() -> None:
+    docstrings = importlib.import_module("docstrings")
+    assert docstrings.mask("clasp. A step, and input.") == "clasp. A step, and input."
+
+
+def test_a_library_that_is_not_installed_is_named() -> None:
+    docstrings = importlib.import_module("docstrings")
+    with pytest.raises(ModuleNotFoundError, match="no_such_library is not installed"):
+        next(docstrings.first_sentences("no_such_library"))
+
+
+def test_split_keeps_a_repeated_text_once_and_follows_the_seed() -> None:
+    text_data = importlib.import_module("text_data")
+    data = text_data.Text([f"text {i % 50}" for i in range(100)], [0] * 100)
+    first, again, other = (text_data.split(data, 40, seed=s) for s in (0, 0, 1))
+    assert [len(part) for part in first] == [24, 6, 10]
+    assert len({text for part in first for text in part.texts}) == 40
+    assert first == again != other
+
+
+def test_read_tsv_takes_quote_characters_as_text(tmp_path: Path) -> None:
+    text_data = importlib.import_module("text_data")
+    file = tmp_path / "quotes.tsv"
+    file.write_text('text\tlabel\n"an open quote\t1\nnext\t0\n', encoding="utf-8")
+    expected = text_data.Text(['"an open quote', "next"], [1, 0])
+    assert text_data.read(str(file)) == expected
+
+
+def test_read_tsv_names_the_columns_it_found(tmp_path: Path) -> None:
+    text_data = importlib.import_module("text_data")
+    file = tmp_path / "columns.tsv"
+    file.write_text("sentence\tlabel\nfine\t1\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"\['sentence', 'label'\]; expected text"):
+        text_data.read_tsv(file)
+
+
+def test_both_start_from_the_same_network(quickstart: Any) -> None:
+    args = quickstart.options().parse_args(["--seed", "3"])
+    task = quickstart.load_task(args)
+    first, again = (quickstart.lora_network(task, args) for _ in range(2))
+    trained = [name for name, p in first.named_parameters() if p.requires_grad]
+    assert trained and all(
+        torch.equal(first.get_parameter(name), again.get_parameter(name))
+        for name in trained
+    )
+    assert not [m for m in first.modules() if getattr(m, "p", 0.0) != 0.0]
+
+
+def test_default_run_prints_finite_scores_and_ranks(run: Any) -> None:
+    _, mean, sampled, *_, uncertainty = check_report(run.out, r=4)
+    assert mean[-8:-3] != sampled[-8:-3], "the samples are as good as the mean"
+    assert 0 < uncertainty[-3] < uncertainty[-6], "mutual information below entropy"
+    assert "held-out library sympy" in run.out
+
+
+def test_run_on_a_file(
+    quickstart: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "reviews.tsv"
+    lines = [f'{"good" if i % 2 else "bad"} "film {i}\t{i % 2}\n' for i in range(48)]
+    file.write_text("text\tlabel\n" + "".join(lines), encoding="utf-8")
+    options = ["--data", str(file), "--epochs", "1", "--targets", "value"]
+    quickstart.main([*options, "--out", str(tmp_path / "run")])
+    out = capsys.readouterr().out
+    assert out.startswith("28 sentences to train on, 8 dev, 12 test")
+    check_report(out, r=8, types=1)
+
+
+def check_report(out: str, r: int, types: int = 2) -> list[list[float]]:
+    """Three rows of finite scores, a picture that adds up, three of uncertainty."""
+    rows = [
+        line.split() for line in out.splitlines() if re.match(" *(LoRA|LRVD)", line)
+    ]
+    assert len(rows) == 6
+    figures = [
+        [float(f) for f in row if re.fullmatch(r"-?[\d.]+|nan|inf", f)] for row in rows
+    ]
+    assert all(math.isfinite(f) for row in figures for f in row)
+    lora, mean, sampled = (row[-8:] for row in figures[:3])
+    for dev_nll, accuracy, nll, brier, ece, _, rank, seconds in (lora, mean, sampled):
+        assert dev_nll > 0 and nll > 0 and seconds > 0
+        assert 0 <= accuracy <= 1 and 0 <= brier <= 2 and 0 <= ece <= 1
+        assert 0 < rank <= 6 * types * r
+    assert lora[-2] == 6 * types * r
+    assert mean[-3] == lora[-3] + lora[-2], "one variance per rank component"
+    kept = [float(k) for k in re.findall(r"[█·]{8} +([\d.]+)", out)]
+    assert len(kept) == 6 * types and all(0 <= k <= r for k in kept)
+    assert sum(kept) == pytest.approx(sampled[-2], abs=0.05 * len(kept))
+    lora, mean, sampled = (row[-6:] for row in figures[3:])
+    assert lora[3:] == mean[3:] == [0.0, 0.0, 0.5], "a point has no mutual information"
+    assert all(0 <= row[2] <= 1 for row in (lora, mean, sampled))
+    return figures
+
+
+def test_the_folder_holds_what_the_run_says_and_nothing_else(run: Any) -> None:
+    said = {line.split()[0] for line in run.out.splitlines() if "/tiny/" in line}
+    assert said == {str(path) for path in run.folder.iterdir()} and len(said) == 5
+
+
+def test_plain_peft_loads_the_adapter_and_scores_as_reported(run: Any) -> None:
+    """Any warning while it loads would be an error here."""
+    net = PeftModel.from_pretrained(base(run.task), run.folder / "adapter").eval()
+    with torch.no_grad():
+        logits = torch.cat([net(**b).logits for b in run.task.test.in_order()])
+    found = scores(logits.softmax(-1), run.task.test.labels)
+    reported = run.report["LRVD, posterior mean"]
+    for name, value in found.items():
+        assert value == pytest.approx(reported[name]["value"], rel=1e-4), name
+
+
+def test_the_loaded_posterior_predicts_as_reported(run: Any) -> None:
+    model, guide = lrvd.load(run.folder / "adapter", base(run.task))
+    prediction, held_out = (
+        lrvd.predict(model, guide, data.in_order(), 3)
+        for data in (run.task.test, run.task.held_out)
+    )
+    found = calibration_report(
+        prediction, run.task.test.labels, out_of_distribution=held_out
+    ).to_dict()
+    reported = run.report["LRVD, 3 samples"]
+    assert reported["nll"] != run.report["LRVD, posterior mean"]["nll"]
+    for name, value in found.items():
+        assert value == pytest.approx(reported[name], rel=1e-5), name
+    assert float(guide.effective_rank) == pytest.approx(reported["rank"], rel=1e-5)
+
+
+def test_posterior_nc_opens_in_arviz_with_every_gate_in_its_place(run: Any) -> None:
+    data = az.from_netcdf(str(run.folder / "posterior.nc"))
+    gate = data["posterior"]["gate"].load()
+    labels = data["observed_data"]["labels"].values
+    density = data["log_likelihood"]["labels"].values
+    log_alpha = torch.as_tensor(data["constant_data"]["log_alpha"].values)
+    data.close()
+    assert gate.dims == ("chain", "draw", "gate_id") and gate.shape == (1, 5, 48)
+    types = ["attention.self.query", "attention.self.value"]
+    places = [(i, t, r) for i in range(6) for t in types for r in range(4)]
+    columns = [gate[name].values.tolist() for name in ("layer", "type", "rank")]
+    assert [*zip(*columns)] == places
+    assert gate["gate_id"].values[-1] == "l5.attention.self.value[3]"
+    assert labels.tolist() == run.task.test.labels.tolist()
+    assert density.shape == (1, 5, len(labels)) and (density < 0).all()
+    rank = run.report["LRVD, 3 samples"]["rank"]
+    assert float(torch.sigmoid(-log_alpha).sum()) == pytest.approx(rank, rel=1e-5)
+
+
+def test_the_report_is_strict_json_of_finite_numbers(run: Any) -> None:
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{constant} is no JSON")
+
+    text = (run.folder / "report.json").read_text()
+    report = json.loads(text, parse_constant=refuse)
+    assert [*report] == ["LoRA", "LRVD, posterior mean", "LRVD, 3 samples"]
+    for result in report.values():
+        assert result.keys() >= {"accuracy", "nll", "ece", "ood_entropy", "seconds"}
+        for name, value in result.items():
+            numbers = [*value.values()] if isinstance(value, dict) else [value]
+            assert all(math.isfinite(number) for number in numbers), name
+            if isinstance(value, dict):
+                assert value["low"] <= value["high"], name
+
+
+@pytest.mark.parametrize("name", ["ranks.png", "reliability.png"])
+def test_a_picture_is_a_png_with_something_drawn_in_its_middle(
+    name: str, run: Any
+) -> None:
+    with Image.open(run.folder / name) as image:
+        assert image.format == "PNG" and min(image.size) > 300
+        width, height = image.size
+        inside = (width // 5, height // 5, width * 3 // 4, height * 4 // 5)
+        middle = np.asarray(image.convert("RGB").crop(inside)).reshape(-1, 3)
+    colors, counts = np.unique(middle, axis=0, return_counts=True)
+    assert len(colors) > 10 and counts.max() < 0.9 * counts.sum()
+
+
+def test_a_second_run_replaces_everything_in_the_folder(
+    run: Any, quickstart: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "tiny"
+    shutil.copytree(run.folder, folder)
+    quickstart.main([*run.options, "--seed", "1", "--out", str(folder)])
+    before, after = (
+        {path.relative_to(top): path.read_bytes() for path in top.rglob("*.*")}
+        for top in (run.folder, folder)
+    )
+    assert before.keys() == after.keys() and len(after) == 8
+    same = {path.name for path in after if before[path] == after[path]}
+    assert same <= {"adapter_config.json", "lrvd_config.json"}
