@@ -111,7 +111,7 @@ def trial(model: RankModel, values: Tensor, batch: Batch, copies: int) -> str | 
     except Exception as failure:  # whatever it is, one plain pass a draw may do
         return f"{type(failure).__name__}: {failure}"
     size, ulp = _largest(expected), resolution(model)
-    limit = min(max(8 * rounding, ulp * size), ulp**0.5 * (1 + size))
+    limit = min(max(8 * rounding, 2 * ulp * (1 + size)), ulp**0.5 * (1 + size))
     if error > limit:
         return f"its predictions would differ by {error:.2g}"
     return "" if _largest(expected - expected[0]) > 8 * limit else None

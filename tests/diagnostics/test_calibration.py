@@ -154,7 +154,7 @@ def test_ties_of_confidence_come_in_random_order() -> None:
 
 
 def test_good_uncertainty_scores_better_than_bad() -> None:
-    p, shuffled = predicted(600), torch.randperm(600)
+    p, shuffled = predicted(4000), torch.randperm(4000)
     y = drawn(p)
     report = calibration_report(p, y, num_bootstrap=200)
     sharp = CategoricalPrediction(
