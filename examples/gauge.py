@@ -74,13 +74,6 @@ class Teacher:
         config = LoraConfig(r=R, lora_alpha=R, target_modules=["layer"])
         return get_peft_model(base, config)
 
-    def likelihood(self, outputs: Tensor, labels: Any, num_data: int) -> None:
-        """Gaussian noise of known scales."""
-        with data_plate(len(outputs), labels, num_data):
-            pyro.sample(
-                "labels", dist.Normal(outputs, self.scale).to_event(1), obs=labels
-            )
-
     def alignment(self, a: Tensor, b: Tensor, *, whitened: bool) -> float:
         """Mean over the true components of the best match of any ``b_i a_i^T``."""
         if whitened:
@@ -89,6 +82,27 @@ class Teacher:
         match = nn.functional.normalize(b, dim=0).T @ left[:, :RANK]
         match = match * (nn.functional.normalize(a, dim=1) @ right[:RANK].T)
         return float(match.abs().max(0).values.mean())
+
+
+class KnownNoise:
+    """Gaussian noise of known scales, one for each output."""
+
+    def __init__(self, scale: Tensor) -> None:
+        self.scale = scale
+
+    def __call__(self, outputs: Tensor, labels: Tensor | None, num_data: int) -> None:
+        with data_plate(len(outputs), labels, num_data):
+            pyro.sample(
+                "labels", dist.Normal(outputs, self.scale).to_event(1), obs=labels
+            )
+
+    def summarize(self, outputs: Tensor) -> dict[str, Tensor]:
+        """The mean output."""
+        return {"mean": outputs.mean(0)}
+
+    def collect(self, fields: dict[str, Tensor]) -> Tensor:
+        """The mean outputs for all data."""
+        return fields["mean"]
 
 
 class Linear(nn.Module):
@@ -127,7 +141,7 @@ def gates(
 ) -> Trained:
     """GateLoRA under a guide of its gates."""
     prior: Any = LogUniform(multiplicity)
-    likelihood: Any = teacher.likelihood
+    likelihood = KnownNoise(teacher.scale)
     model = GateLoRA(
         teacher.net(), prior=prior, likelihood=likelihood, num_data=EXAMPLES
     )
@@ -166,7 +180,7 @@ def core(teacher: Teacher) -> Trained:
         spread = gamma.sqrt() * torch.eye(R * R)
         prior = dist.MultivariateNormal(torch.zeros(R * R), scale_tril=spread)
         c = pyro.sample("core", prior).view(R, R)
-        teacher.likelihood(teacher.x @ (b @ c @ a).T, teacher.y, EXAMPLES)
+        KnownNoise(teacher.scale)(teacher.x @ (b @ c @ a).T, teacher.y, EXAMPLES)
 
     def guide() -> None:
         scale = pyro.param("log_scale", torch.full((R * R,), -2.0)).exp()

@@ -79,7 +79,7 @@ def over_the_core(net: PeftModel, batches: list[Any]) -> Built:
     weights = model.space.weights("lora_B")
     before = [w.detach().clone() for w in weights]
     diagonals = [
-        torch.outer(found.scores[m].diagonal(), found.activations[m].diagonal())
+        torch.outer(found.gradients[m].diagonal(), found.activations[m].diagonal())
         for m in model.space.modules
     ]
     scales = [optimal_alpha(f, Normal(1.0)).sqrt().float() for f in diagonals]

@@ -35,7 +35,7 @@ from small_task import LR, TRAIN, Task, logits
 
 import lrvd_pyro as lrvd
 from lrvd_pyro.diagnostics.calibration import scores
-from lrvd_pyro.guides import RankDiagonal
+from lrvd_pyro.guides import RankDiagonal, RankGuide, TiedDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 
 THRESHOLDS = (-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 20.0)
@@ -48,27 +48,28 @@ class Recipe(NamedTuple):
     """How to make and to train a model."""
 
     build: Any
+    guide: Any
     kl_weight: float = 1.0
     variational_lr: float = 0.05
     warmup: float = 0.0  # share of training
     prunes: bool = False  # while training, after the warm-up
 
 
-FACTOR = Recipe(partial(FactorLoRA, sides=SIDES), 0.1, 0.2, 0.5)
+FACTOR = Recipe(partial(FactorLoRA, sides=SIDES), TiedDiagonal, 0.1, 0.2, 0.5)
 MODELS = {
-    "GateLoRA": Recipe(GateLoRA),
+    "GateLoRA": Recipe(GateLoRA, RankDiagonal),
     "FactorLoRA": FACTOR,
     "FactorLoRA, pruned in training": FACTOR._replace(prunes=True),
 }
 RESULTS = Path(__file__).parent / "results" / "rank_selection.jsonl"
 
 
-def trained(task: Task, name: str) -> tuple[Any, RankDiagonal]:
+def trained(task: Task, name: str) -> tuple[Any, RankGuide]:
     """A model of that name and its guide, trained."""
     recipe = MODELS[name]
     net = task.net()
     model = recipe.build(net, num_data=TRAIN)
-    guide = RankDiagonal(model)
+    guide = recipe.guide(model)
     warmup = int(recipe.warmup * task.steps)
     rise = lrvd.linear_warmup(warmup)
     elbo = lrvd.RankELBO(kl_weight=lambda step: recipe.kl_weight * rise(step))
@@ -87,7 +88,7 @@ def trained(task: Task, name: str) -> tuple[Any, RankDiagonal]:
     return model, guide
 
 
-def sweep(task: Task, model: Any, guide: RankDiagonal) -> Iterator[dict[str, float]]:
+def sweep(task: Task, model: Any, guide: RankGuide) -> Iterator[dict[str, float]]:
     """Scores of the posterior mean at each threshold."""
     log_alpha = guide.log_alpha
     for threshold in THRESHOLDS:
@@ -98,7 +99,7 @@ def sweep(task: Task, model: Any, guide: RankDiagonal) -> Iterator[dict[str, flo
         yield {"threshold": threshold, "rank": int(keep.sum())} | found
 
 
-def exported(task: Task, model: Any, guide: RankDiagonal) -> dict[str, float]:
+def exported(task: Task, model: Any, guide: RankGuide) -> dict[str, float]:
     """The pruned and exported adapter beside plain LoRA: bytes, and forward time."""
     if not bool((guide.log_alpha < THRESHOLD).any()):
         return {}  # nothing to export

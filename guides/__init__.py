@@ -11,6 +11,7 @@ from lrvd_pyro.guides.auto import (
     low_rank_multivariate_normal,
     multivariate_normal,
 )
+from lrvd_pyro.guides.base import RankGuide
 from lrvd_pyro.guides.fisher_laplace import FisherLaplace
 from lrvd_pyro.guides.rank_diagonal import RankDiagonal
 from lrvd_pyro.guides.tied_diagonal import TiedDiagonal
@@ -18,6 +19,7 @@ from lrvd_pyro.guides.tied_diagonal import TiedDiagonal
 __all__ = [
     "FisherLaplace",
     "RankDiagonal",
+    "RankGuide",
     "TiedDiagonal",
     "delta",
     "iaf",

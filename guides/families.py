@@ -69,7 +69,7 @@ def family_of(name: str, prior: Distribution) -> Noise:
     """The family for a latent site with one event dimension and this prior.
 
     Raises:
-        TypeError: If the site is neither real nor positive.
+        TypeError: If the site is neither real nor positive, or discrete.
     """
     (size,) = prior.event_shape
     element: Any = getattr(prior, "base_dist", prior)
@@ -81,6 +81,13 @@ def family_of(name: str, prior: Distribution) -> Noise:
         return RealNoise(size)
     if support in (constraints.positive, constraints.nonnegative):
         return PositiveNoise(size)
+    if support.is_discrete:
+        raise TypeError(
+            f"the latent site {name!r} is discrete ({type(element).__name__}), and no "
+            f"gradient leads through its draws; relax it, "
+            f"pyro.distributions.RelaxedBernoulli with AutoNormal(model), or take "
+            f"priors.SpikeSlab(), which has exact zeros"
+        )
     raise TypeError(
         f"the latent site {name!r} has the support {support}; RankDiagonal guides real "
         f"and positive sites, others take pyro.infer.autoguide.AutoNormal(model)"

@@ -13,6 +13,7 @@ from torch.distributions import biject_to
 from lrvd_pyro._compat.pyro import unpack_latent
 from lrvd_pyro.batches import check_several, gate_rows, without_labels
 from lrvd_pyro.inference.param_store import give_own_name, waits_for_first_call
+from lrvd_pyro.likelihoods.base import curvature_of
 from lrvd_pyro.models.base import RankModel, evaluating
 
 
@@ -123,12 +124,13 @@ def gate_fisher(
         ValueError: If there is no batch, or the network takes no gate per example
             (DoRA; layers whose first axis is not the batch).
     """
+    likelihood = curvature_of(model.likelihood, "the Fisher information of gates")
     total, count = gate.new_zeros(len(gate), len(gate)), 0
     for batch in batches:
         inputs = without_labels(batch)
         gates = gate_rows(gate, inputs)
         with torch.enable_grad(), evaluating(model), model.bind(gates):
-            roots = model.likelihood.fisher_roots(model.predictions(**inputs))
+            roots = likelihood.fisher_roots(model.predictions(**inputs))
         for root in roots.sum(0):
             (score,) = torch.autograd.grad(root, gates, retain_graph=True)
             total += score.T @ score

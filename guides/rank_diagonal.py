@@ -3,23 +3,22 @@
 from collections.abc import Collection
 from dataclasses import replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, final
 
-import pyro
 import torch
 from pyro import distributions as dist
 from torch import Tensor, nn
 
-from lrvd_pyro._compat.pyro import name_of
+from lrvd_pyro.guides.base import RankGuide
 from lrvd_pyro.guides.families import Noise, PositiveNoise, family_of
-from lrvd_pyro.inference.param_store import UniqueModule, check_registered
-from lrvd_pyro.models import FactorLoRA, GateLoRA
+from lrvd_pyro.models import GateLoRA
 from lrvd_pyro.rank_space.removal import Cuts, slice_tensors
 
 DRAWS = 4096  # for moments of gates that are no product of latent sites
 
 
-class RankDiagonal(UniqueModule):
+@final
+class RankDiagonal(RankGuide):
     """Independent noise on every latent component: one variance per rank component.
 
     For `GateLoRA`: Normal on the real line, LogNormal (truncated where the prior is)
@@ -33,50 +32,36 @@ class RankDiagonal(UniqueModule):
     alpha = s^2 under ``Normal(s)``), so that effective ranks do not compare across
     priors; ``learn_mean=True`` lets such gates fall to 0.
 
-    For `FactorLoRA` this makes a `TiedDiagonal`: every element of row i of A (and of
-    column i of B) is Normal around its present value with the one variance
-    ``sigma_i^2``. Here ``alpha_i = sigma_i^2 d / ||a_i||^2``, with d the length of the
-    row (and column).
-
     The log alpha of each site starts at -4, a noise of 14%; log variances stay within
-    [-10, 8] on real sites, [-10, 2] on the logarithm of positive ones, [-20, 2] on
-    weights.
+    [-10, 8] on real sites, [-10, 2] on the logarithm of positive ones.
 
     Wrong when rank components are strongly dependent under the posterior: it then
     understates the uncertainty. Under another gauge of A and B it is another posterior.
 
     Args:
-        model: A `GateLoRA` or `FactorLoRA`.
+        model: A `GateLoRA`; `TiedDiagonal` guides `FactorLoRA`.
         learn_mean: Learn all means: where A and B are frozen, or a prior has a scale.
         init_log_alpha: Where log alpha starts.
 
     Raises:
-        TypeError: If ``model`` is neither, a latent site of its prior is neither real
-            nor positive, or the means are the network's own weights and ``learn_mean``
-            is asked for.
+        TypeError: If ``model`` is another one, or a latent site of its prior is neither
+            real nor positive.
     """
-
-    def __new__(cls, model: Any = None, **options: Any) -> "RankDiagonal":
-        from lrvd_pyro.guides.tied_diagonal import TiedDiagonal  # which imports this
-
-        tied = cls is RankDiagonal and isinstance(model, FactorLoRA)
-        guide: RankDiagonal = super().__new__(TiedDiagonal if tied else cls)
-        return guide
 
     def __init__(
         self,
-        model: GateLoRA | FactorLoRA,
+        model: GateLoRA,
         *,
         learn_mean: bool = False,
         init_log_alpha: float = -4.0,
     ) -> None:
-        super().__init__()
         if not isinstance(model, GateLoRA):
             raise TypeError(
-                f"model is a {type(model).__name__}; RankDiagonal guides GateLoRA and "
-                f"FactorLoRA, other programs take pyro.infer.autoguide.AutoNormal"
+                f"model is a {type(model).__name__}; RankDiagonal guides GateLoRA. "
+                f"FactorLoRA takes guides.TiedDiagonal(model), other programs take "
+                f"pyro.infer.autoguide.AutoNormal(model)"
             )
-        self.space = model.space
+        super().__init__(model)
         self._gate_at = model.value_at
         sites = model.latent_sites().items()
         self.families = {name: family_of(name, fn) for name, fn in sites}
@@ -105,12 +90,7 @@ class RankDiagonal(UniqueModule):
 
     def forward(self, *args: Any, **batch: Any) -> dict[str, Tensor]:
         """Draw the latent sites, whatever the batch; returns their values."""
-        for name, parameter in self.named_parameters():
-            check_registered(f"{name_of(self)}.{name}", parameter)
-        return {
-            name: pyro.sample(name, noise.to_event(1))
-            for name, noise in self.distributions().items()
-        }
+        return self.draw_independent(self.distributions())
 
     def distributions(self) -> dict[str, dist.TorchDistribution]:
         """The posterior of each latent site, elementwise."""
@@ -169,17 +149,6 @@ class RankDiagonal(UniqueModule):
         """A vector laid out as ``log_variance``, cut into latent sites."""
         return torch.split(vector, [f.size for f in self.families.values()])
 
-    @property
-    def effective_rank(self) -> Tensor:
-        """``sum_i 1 / (1 + alpha_i)``, between 0 and R."""
-        return torch.sigmoid(-self.log_alpha).sum()
-
-    @property
-    def effective_ranks(self) -> dict[str, float]:
-        """The effective rank of each LoRA module."""
-        kept = torch.sigmoid(-self.log_alpha)
-        return {name: float(k.sum()) for name, k in self.space.split(kept).items()}
-
     def cuts(self, keep: Tensor) -> Cuts:
         """What `select` would slice, all checked and nothing done."""
         rows = self._rows(keep)
@@ -192,8 +161,6 @@ class RankDiagonal(UniqueModule):
     def select(self, keep: Tensor) -> None:
         """Forget the rank components where ``keep`` (R,) is False, in place.
 
-        To be called before `RankSpace.select`; `lrvd_pyro.selection.select` does both.
-
         Raises:
             TypeError: If a latent site has neither one component, nor R, nor one per
                 module, layer or type under a name that says so.
@@ -202,10 +169,6 @@ class RankDiagonal(UniqueModule):
         slice_tensors(self.cuts(keep))
         self.families = {n: _narrowed(f, rows[n]) for n, f in self.families.items()}
         self._held = {n: v[rows[n].to(v.device)] for n, v in self._held.items()}
-
-    def sizes_after(self, keep: Tensor) -> dict[str, int]:
-        """How many components each latent site would have after `select`."""
-        return {name: len(index) for name, index in self._rows(keep).items()}
 
     def _rows(self, keep: Tensor) -> dict[str, Tensor]:
         return {

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 
-def check_several(batches: Any, call: str) -> None:
+Batch = Mapping[str, Any]  # what the network takes as keywords, with labels or without
+
+
+def check_several(batches: object, call: str) -> None:
     """Raise a TypeError that shows the right ``call`` if ``batches`` is one batch."""
     if isinstance(batches, Mapping):
         raise TypeError(f"batches is one batch; expected several: {call}")

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from lrvd_pyro.inference.param_store import waits_for_first_call
 
+Optimizer = torch.optim.Optimizer | PyroOptim
+
 GROUPS = ("adapter", "head", "variational")
 
 

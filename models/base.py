@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from numbers import Integral
-from typing import Any, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import pyro
 import torch
@@ -20,8 +20,24 @@ from lrvd_pyro.inference import mcmc
 from lrvd_pyro.inference.kl import latent_sites, scaled_log_prob
 from lrvd_pyro.inference.param_store import UniqueModule, check_registered
 from lrvd_pyro.inference.per_example import drawn_per_example
-from lrvd_pyro.likelihoods.base import Likelihood
+from lrvd_pyro.likelihoods.base import Likelihood, check_likelihood
 from lrvd_pyro.rank_space.space import RankSpace
+
+SiteLabels = tuple[str, dict[str, list[Any]]]
+
+
+class Factors(NamedTuple):
+    """A LoRA module as ``scaling * lora_B diag(gate) lora_A``.
+
+    Attributes:
+        lora_A: ``r x in``, or as the layer has it.
+        lora_B: ``out x r``.
+        gate: r.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    gate: Tensor
 
 
 class RankModel(UniqueModule):
@@ -30,13 +46,29 @@ class RankModel(UniqueModule):
     Called with the batch as keyword arguments, as the network itself; ``labels`` are
     observed if given. Returns the network's predictions.
 
-    Subclasses give `draw`, the Pyro statements, and `bind`, which puts what was drawn
-    into the forward pass.
+    A subclass gives three methods: `draw`, the Pyro statements; `bind`, which puts what
+    was drawn into the forward pass; and `factors`, the adapter that this amounts to.
+    Prediction, storage, export and ArviZ work by them. A subclass sets ``prior``, and
+    an attribute for each further argument of its constructor, by which `save` keeps it.
+
+    Args:
+        space: The rank space of the adapter.
+        likelihood: Of labels given the network's predictions.
+        num_data: The number of training examples N.
+
+    Attributes:
+        binds: What one draw is, in a word. "gates" are one number per rank component,
+            of which a pass may take one row per example.
+
+    Raises:
+        TypeError: If the likelihood lacks a method, or a subclass a method.
     """
 
     prior: Any
+    binds: ClassVar[str]
 
     def __init__(self, space: RankSpace, likelihood: Likelihood, num_data: int) -> None:
+        check_likelihood(likelihood)
         super().__init__()
         self.net = space.net
         self.space = space
@@ -50,6 +82,21 @@ class RankModel(UniqueModule):
     @abstractmethod
     def bind(self, value: Tensor) -> AbstractContextManager[None]:
         """Let the forward passes within the block use ``value``."""
+
+    @abstractmethod
+    def factors(self, value: Tensor) -> dict[str, Factors]:
+        """For each LoRA module what it computes by while ``value`` (one draw) is bound.
+
+        Names are those of ``space.modules``.
+        """
+
+    def site_labels(self, site: str) -> SiteLabels | None:
+        """How ArviZ calls the components of a latent site; None leaves it to their number.
+
+        Returns:
+            The dimension, and the coordinates along it by name.
+        """
+        return None
 
     def latent_sites(self) -> dict[str, Distribution]:
         """The prior distribution of each latent site, from one run."""

@@ -2,14 +2,16 @@
 
 from contextlib import AbstractContextManager
 
+import torch
 from peft import PeftModel
 from torch import Tensor
 
 from lrvd_pyro.likelihoods.base import Likelihood
 from lrvd_pyro.likelihoods.categorical import Categorical
-from lrvd_pyro.models.base import RankModel, check_num_data
+from lrvd_pyro.models.base import Factors, RankModel, SiteLabels, check_num_data
 from lrvd_pyro.priors.log_uniform import LogUniform
-from lrvd_pyro.rank_space.space import RankSpace, Side
+from lrvd_pyro.rank_space.binding import Side
+from lrvd_pyro.rank_space.space import RankSpace
 
 
 class FactorLoRA(RankModel):
@@ -49,6 +51,8 @@ class FactorLoRA(RankModel):
     2506.22809): additive noise, one log variance per rank.
     """
 
+    binds = "weights"
+
     def __init__(
         self,
         net: PeftModel,
@@ -72,6 +76,7 @@ class FactorLoRA(RankModel):
         space = RankSpace(net, adapter, sides=sides)
         super().__init__(space, likelihood or Categorical(), size)
         self.prior = prior or LogUniform()
+        self.sides = sides
 
     def start(self) -> dict[str, Tensor]:
         """The network's own weights."""
@@ -87,3 +92,21 @@ class FactorLoRA(RankModel):
     def bind(self, value: Tensor) -> AbstractContextManager[None]:
         """Use the drawn weights in the forward passes within the block."""
         return self.space.bind_weights(value)
+
+    def factors(self, value: Tensor) -> dict[str, Factors]:
+        """The drawn weights; of a side that is not drawn, the network's own."""
+        drawn = self.space.unflatten(value)
+        As, Bs = (drawn.get(s) or self.space.weights(s) for s in ("lora_A", "lora_B"))
+        ones = self.space.split(self.space.ones()).items()
+        return {n: Factors(A, B, one) for (n, one), A, B in zip(ones, As, Bs)}
+
+    def site_labels(self, site: str) -> SiteLabels | None:
+        """A weight has the coordinates of its rank component, and a side."""
+        space, owners, sides = self.space, list[int](), list[str]()
+        for side in space.sides:
+            each = torch.arange(space.size).repeat_interleave(space.widths(side))
+            owners += each.tolist()
+            sides += [side] * len(each)
+        places = space.coordinates.items()
+        labels = {name: [each[i] for i in owners] for name, each in places}
+        return "weight_id", {**labels, "side": sides}

@@ -13,7 +13,7 @@ from torch.distributions import Distribution
 
 from lrvd_pyro.likelihoods.base import Likelihood
 from lrvd_pyro.likelihoods.categorical import Categorical
-from lrvd_pyro.models.base import RankModel, check_num_data
+from lrvd_pyro.models.base import Factors, RankModel, check_num_data
 from lrvd_pyro.priors.base import Prior
 from lrvd_pyro.priors.contract import check_prior
 from lrvd_pyro.priors.log_uniform import LogUniform
@@ -56,6 +56,8 @@ class GateLoRA(RankModel):
     Source: Doyle, Chan, Hu and Leontjeva (2026, arXiv 2506.22809), as its theory
     states it.
     """
+
+    binds = "gates"
 
     def __init__(
         self,
@@ -108,6 +110,12 @@ class GateLoRA(RankModel):
     def bind(self, value: Tensor) -> AbstractContextManager[None]:
         """Gate the forward passes within the block."""
         return self.space.bind(value)
+
+    def factors(self, value: Tensor) -> dict[str, Factors]:
+        """The network's own A and B, and the gates between them."""
+        gates = self.space.split(value)
+        sides = self.space.weights("lora_A"), self.space.weights("lora_B")
+        return {n: Factors(A, B, z) for (n, z), A, B in zip(gates.items(), *sides)}
 
 
 def _is_centered(prior: Any) -> bool:

@@ -13,6 +13,7 @@ from nets import bert, tokens
 from pyro import poutine
 
 import lrvd_pyro as lrvd
+from lrvd_pyro.guides import TiedDiagonal
 from lrvd_pyro.inference.kl import family, latent_sites
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 from lrvd_pyro.testing.assertions import assert_error, assert_ok
@@ -62,7 +63,7 @@ def test_every_prior_trains_predicts_and_saves_with_every_guide(
 
 @pytest.mark.parametrize(("driver", "noise"), DRIVERS)
 @pytest.mark.parametrize("sides", [("lora_A",), ("lora_A", "lora_B")])
-@pytest.mark.parametrize("guide", ["RankDiagonal", "AutoNormal"])
+@pytest.mark.parametrize("guide", ["TiedDiagonal", "AutoNormal"])
 def test_drawn_weights_train_predict_and_save(
     guide: str, sides: Any, driver: Any, noise: Any
 ) -> None:
@@ -71,7 +72,7 @@ def test_drawn_weights_train_predict_and_save(
         if guide == "AutoNormal":  # it has means of its own, so the net's stay
             for weight in (w for side in sides for w in model.space.weights(side)):
                 weight.requires_grad_(False)
-        return model, GUIDES[guide](model)
+        return model, {"TiedDiagonal": TiedDiagonal, **GUIDES}[guide](model)
 
     elbo = lrvd.RankELBO(noise=noise)
     assert_ok(make_pair, [tokens() for _ in range(3)], elbo=elbo, driver=driver)

@@ -153,7 +153,7 @@ def energies(
         order = model.space.split(worth)[name].argsort(descending=True)
         grams = {
             "Frobenius": (a @ a.T) * (b.T @ b),
-            "whitened": moments.activations[name] * moments.scores[name],
+            "whitened": moments.activations[name] * moments.gradients[name],
         }
         for metric, gram in grams.items():
             sorted_ = gram[order][:, order]

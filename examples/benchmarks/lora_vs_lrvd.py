@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import lrvd_pyro as lrvd
 from lrvd_pyro import linear_warmup
 from lrvd_pyro.diagnostics.calibration import scores
-from lrvd_pyro.guides import RankDiagonal
+from lrvd_pyro.guides import RankDiagonal, RankGuide, TiedDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 
 SAMPLES = 8
@@ -90,13 +90,14 @@ def mc_dropout(task: Task) -> Rows:
 def bayesian(
     name: str,
     build: Callable[..., Any],
+    guided_by: Callable[[Any], RankGuide],
     kl_weight: float,
     *,
     variational_lr: float = 0.05,
     warmup: float = 0.0,
     prune_at: float = 1.0,
 ) -> Callable[[Task], Rows]:
-    """A model of this library under RankDiagonal.
+    """A model of this library under its rank-wise guide.
 
     The KL weight rises over the share ``warmup`` of training; from the share
     ``prune_at`` on only the ranks of least log alpha take part.
@@ -105,7 +106,7 @@ def bayesian(
     def run(task: Task) -> Rows:
         net = task.net()
         model = build(net, num_data=TRAIN)
-        guide = RankDiagonal(model)
+        guide = guided_by(model)
         optim = lrvd.optim.AdamW(
             lr=LR, variational_lr=variational_lr, schedule=task.decay
         )
@@ -136,7 +137,7 @@ def bayesian(
     return run
 
 
-def least_noisy(guide: RankDiagonal) -> Tensor:
+def least_noisy(guide: RankGuide) -> Tensor:
     """A gate of ones at the ranks of least log alpha, zeros elsewhere."""
     gate = torch.zeros(guide.space.size)
     gate[guide.log_alpha.argsort()[:BUDGET]] = 1
@@ -146,12 +147,13 @@ def least_noisy(guide: RankDiagonal) -> Tensor:
 factor = partial(
     bayesian,
     build=partial(FactorLoRA, sides=("lora_A", "lora_B")),
+    guided_by=TiedDiagonal,
     variational_lr=FACTOR_RATE,
 )
 METHODS: dict[str, Callable[[Task], Rows]] = {
     "lora": lora,
     "mc_dropout": mc_dropout,
-    "gate": bayesian("GateLoRA, KL weight 1", GateLoRA, 1.0),
+    "gate": bayesian("GateLoRA, KL weight 1", GateLoRA, RankDiagonal, 1.0),
     "factor": factor(
         f"FactorLoRA, KL weight 0.05, {BUDGET} ranks from half time",
         kl_weight=0.05,

@@ -49,7 +49,7 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 
 import lrvd_pyro as lrvd
 from lrvd_pyro.gauge import BalanceSchedule
-from lrvd_pyro.guides import RankDiagonal
+from lrvd_pyro.guides import RankDiagonal, TiedDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 from lrvd_pyro.optim import AdamW, parameter_groups
 from lrvd_pyro.rank_space.center import center_at
@@ -131,7 +131,7 @@ def torch_step(model: Any, batch: Batch) -> Step:
     return step
 
 
-def svi_of(model: Any) -> tuple[SVI, RankDiagonal]:
+def svi_of(model: GateLoRA) -> tuple[SVI, RankDiagonal]:
     """As the quickstart has it."""
     guide = RankDiagonal(model)
     return SVI(model, guide, AdamW(lr=LR), loss=lrvd.RankELBO()), guide
@@ -139,7 +139,8 @@ def svi_of(model: Any) -> tuple[SVI, RankDiagonal]:
 
 def svi_step(model: Any, batch: Batch) -> Step:
     """Pyro's own driver."""
-    svi, _ = svi_of(model)
+    guide = TiedDiagonal(model) if model.binds == "weights" else RankDiagonal(model)
+    svi = SVI(model, guide, AdamW(lr=LR), loss=lrvd.RankELBO())
     return lambda: svi.step(**batch)
 
 

@@ -178,7 +178,9 @@ class Bayesian(Run):
                 center(self.model, found)
                 found = found.centered()
             sizes = hankel_values(found)
-            lrvd.free_lower_layers(self.model, self.guide, sizes, self.optim, **which)
+            lrvd.free_lower_layers(
+                self.model, self.guide, self.optim, hankel_values=sizes, **which
+            )
             self.gather = None
 
     def results(self) -> dict[str, float]:

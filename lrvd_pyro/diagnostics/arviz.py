@@ -10,9 +10,10 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from lrvd_pyro.batches import batch_size, opened, without_labels
+from lrvd_pyro.inference.programs import Guide
 from lrvd_pyro.likelihoods.base import precise
 from lrvd_pyro.models.base import RankModel, evaluating
-from lrvd_pyro.predictive.draws import Guide, posterior_draws, seeded
+from lrvd_pyro.predictive.draws import posterior_draws, seeded
 from lrvd_pyro.rank_space.space import RankSpace
 
 Variables = dict[str, tuple[tuple[str, ...], Any]]
@@ -90,7 +91,7 @@ def to_arviz(
         names = model.latent_sites()
     labels, drawn, log_likelihood = (torch.cat(part, -1) for part in zip(*parts))
     latents = {name: torch.stack([z[name] for z in draws]) for name in names}
-    if not model.space.sides:  # what is bound are gates
+    if model.binds == "gates":
         latents["gate"] = torch.stack(values)
     sites = {name: _dimension(model, name, x) for name, x in latents.items()}
     groups: dict[str, Variables] = {
@@ -102,7 +103,7 @@ def to_arviz(
     log_alpha = getattr(guide, "log_alpha", None)
     if log_alpha is not None:
         groups["constant_data"] = {"log_alpha": (("gate_id",), _array(log_alpha))}
-    coords = _coordinates(model.space)
+    coords = _coordinates(model, sites)
     return container({name: _dataset(group, coords) for name, group in groups.items()})
 
 
@@ -158,10 +159,10 @@ def _under_one_draw(
 def _dimension(model: RankModel, site: str, values: Tensor) -> str:
     """The name of the axis of a latent site."""
     level, size = site.removesuffix("_scale"), values.shape[-1]
+    if labels := model.site_labels(site):
+        return labels[0]
     if site != level and len(_groups(model.space).get(level, ())) == size:
         return f"{level}_id"
-    if site == "factor" and model.space.sides:
-        return "weight_id"
     return "gate_id" if size == model.space.size else f"{site}_id"
 
 
@@ -174,20 +175,13 @@ def _groups(space: RankSpace) -> dict[str, list[Any]]:
     return {"global": ["all"], **names}
 
 
-def _coordinates(space: RankSpace) -> Coords:
+def _coordinates(model: RankModel, sites: Iterable[str]) -> Coords:
     """For each dimension the coordinates along it, its own labels first."""
+    space = model.space
     places = {name: [*each] for name, each in space.coordinates.items()}
     coords: Coords = {"gate_id": {"gate_id": _gate_labels(space), **places}}
     coords |= {f"{k}_id": {f"{k}_id": names} for k, names in _groups(space).items()}
-    owners: list[int] = []
-    sides: list[Any] = []
-    for side in space.sides:
-        each = torch.arange(space.size).repeat_interleave(space.widths(side)).tolist()
-        owners, sides = owners + each, sides + [side] * len(each)
-    if space.sides:
-        weights = {name: [each[i] for i in owners] for name, each in places.items()}
-        coords["weight_id"] = {**weights, "side": sides}
-    return coords
+    return coords | dict(filter(None, map(model.site_labels, sites)))
 
 
 def _gate_labels(space: RankSpace) -> list[str]:

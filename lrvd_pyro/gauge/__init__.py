@@ -3,15 +3,15 @@
 A LoRA module adds ``s B A x``, and so does ``(B T^-1)(T A)`` for every invertible T:
 the likelihood leaves the basis of rank space, the gauge, free. A diagonal posterior
 over rank components does not. With h = A x the rank activations and
-``g = d log p / d h`` their scores, `balance` finds the T that makes the second moments
+``g = d log p / d h`` their gradients, `balance` finds the T that makes the second moments
 ``G = mean h h^T`` and ``M = sum g g^T`` one and the same diagonal matrix diag(t), from
 r x r matrices alone. That basis is the singular value decomposition of the whitened
 update ``H^1/2 dW S^1/2``, with S the second moments of the module's inputs and H those
-of the scores of its outputs; `hankel_values` are its singular values.
+of the gradients of its outputs; `hankel_values` are its singular values.
 
 What is proved. Let the expected log-likelihood be quadratic in the gates, with the
 factored curvature ``F_i = N (b_i^T H b_i)(a_i^T S a_i) = t_i^2`` (tokens independent,
-activations and scores uncorrelated), let A and B be points, and alpha be at its best
+activations and gradients uncorrelated), let A and B be points, and alpha be at its best
 value for each gauge. Then the objective is ``sum_i g(t_i)`` with g increasing and
 strictly concave under the log-uniform prior and under ARD, and over all gauges its
 minimum is the basis above, unique up to signs where the t differ: for any split of one

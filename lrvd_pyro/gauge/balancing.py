@@ -1,12 +1,13 @@
 """The balanced gauge, in which both moments of a module are one diagonal matrix."""
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
 from lrvd_pyro.gauge.second_moments import Gramians
+from lrvd_pyro.optim import Optimizer
 from lrvd_pyro.rank_space.center import center_at, center_of, check_center
 from lrvd_pyro.rank_space.constant import groups_of
 from lrvd_pyro.rank_space.space import RankSpace
@@ -33,21 +34,21 @@ def hankel_values(gramians: Gramians) -> dict[str, Tensor]:
     the balanced gauge adds to the Fisher information, were tokens independent. They do
     not depend on the gauge: A -> T A, B -> B T^-1 leaves them as they are. They are the
     singular values of ``H^1/2 dW S^1/2``, the update whitened by the second moments S
-    of its inputs and H of the scores of its outputs.
+    of its inputs and H of the gradients of its outputs.
 
     Source: as Hankel singular values of a linear system, Moore (1981); for a LoRA
     adapter, derived here.
     """
     return {
-        name: torch.linalg.svdvals(root(scores).T @ root(gramians.activations[name]))
-        for name, scores in gramians.scores.items()
+        name: torch.linalg.svdvals(root(gradients).T @ root(gramians.activations[name]))
+        for name, gradients in gramians.gradients.items()
     }
 
 
 def balance(
     net: PeftModel,
     gramians: Gramians,
-    optimizer: Any = None,
+    optimizer: Optimizer | None = None,
     *,
     lengths: Lengths = "balanced",
     adapter: str | None = None,
@@ -98,7 +99,7 @@ def balance(
 
 @torch.no_grad()
 def rebalance(
-    space: RankSpace, gramians: Gramians, optimizer: Any, lengths: Lengths
+    space: RankSpace, gramians: Gramians, optimizer: Optimizer | None, lengths: Lengths
 ) -> dict[str, Change]:
     """`balance` for a network that has its `RankSpace` already."""
     if lengths not in get_args(Lengths):
@@ -111,7 +112,7 @@ def rebalance(
     )
     changes = {}
     for name, (a, b) in weights.items():
-        moments = gramians.activations[name], gramians.scores[name]
+        moments = gramians.activations[name], gramians.gradients[name]
         if b.any() and all(gram.any() for gram in moments):
             changes[name] = _change(*moments, a, DEAD if lengths == "balanced" else 1)
     states = _states(optimizer, [w for name in changes for w in weights[name]])
@@ -137,10 +138,12 @@ def root(gramian: Tensor, floor: float = 0.0) -> Tensor:
     return result
 
 
-def _change(activations: Tensor, scores: Tensor, lora_A: Tensor, dead: float) -> Change:
+def _change(
+    activations: Tensor, gradients: Tensor, lora_A: Tensor, dead: float
+) -> Change:
     """The way to the balanced gauge of one module, with lengths kept below ``dead``."""
     lower = root(activations, FLOOR)
-    _, t, right = torch.linalg.svd(root(scores).T @ lower)
+    _, t, right = torch.linalg.svd(root(gradients).T @ lower)
     # rows of ``whiten`` turn h into components of unit mean square, by falling t
     whiten, unwhiten = right @ torch.linalg.inv(lower), lower @ right.T
     before = lora_A.double().flatten(1).cpu()
@@ -180,7 +183,9 @@ def _power(matrix: Tensor, key: str) -> Tensor:
     return matrix if key in LINEAR else matrix.square()
 
 
-def _states(optimizer: Any, weights: list[Tensor]) -> dict[Tensor, dict[str, Tensor]]:
+def _states(
+    optimizer: Optimizer | None, weights: list[Tensor]
+) -> dict[Tensor, dict[str, Tensor]]:
     """The optimizer's moments of these weights, all checked."""
     if optimizer is None:
         return {}
@@ -205,7 +210,7 @@ def _states(optimizer: Any, weights: list[Tensor]) -> dict[Tensor, dict[str, Ten
 
 def check_fit(space: RankSpace, gramians: Gramians) -> None:
     """Raise unless the moments are of these modules and ranks."""
-    given = {name: len(gram) for name, gram in gramians.scores.items()}
+    given = {name: len(gram) for name, gram in gramians.gradients.items()}
     ours = dict(zip(space.modules, space.ranks, strict=True))
     if not given:
         raise ValueError(

@@ -12,6 +12,7 @@ from lrvd_pyro.gauge.balancing import Change, rebalance
 from lrvd_pyro.gauge.second_moments import Gramians, Sums, tapped
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import GateLoRA
+from lrvd_pyro.optim import Optimizer
 from lrvd_pyro.rank_space.center import center_of
 from lrvd_pyro.selection.optimizer_moments import torch_optimizers
 from lrvd_pyro.selection.removal import check_pair
@@ -64,17 +65,17 @@ class BalanceSchedule:
         self,
         model: GateLoRA,
         guide: RankDiagonal,
-        optimizer: Any,
+        optimizer: Optimizer,
         *,
         every: int = 200,
         gather_every: int = 4,
     ) -> None:
         check_pair(model, guide)
-        if not isinstance(model, GateLoRA) or guide.learn_mean:
+        if not isinstance(guide, RankDiagonal) or guide.learn_mean:
             raise TypeError(
-                f"model is a {type(model).__name__} with learn_mean="
-                f"{guide.learn_mean}; the gauge is free for gates of mean 1 alone: "
-                f"GateLoRA(net, ...) and RankDiagonal(model)"
+                f"guide is a {type(guide).__name__} with learn_mean="
+                f"{getattr(guide, 'learn_mean', None)}; the gauge is free for gates of "
+                f"mean 1 alone: GateLoRA(net, ...) and RankDiagonal(model)"
             )
         if not 1 <= gather_every <= every:
             raise ValueError(
@@ -109,10 +110,10 @@ class BalanceSchedule:
         """The moments gathered since the last balancing."""
         modules = self.model.space.modules
         whole = self.model.num_data / max(self._examples, 1)
-        scores = [whole * gram for gram in self._sums.scores]
+        gradients = [whole * gram for gram in self._sums.gradients]
         return Gramians(
             activations=dict(zip(modules, self._sums.mean_activations(), strict=True)),
-            scores=dict(zip(modules, scores, strict=True)),
+            gradients=dict(zip(modules, gradients, strict=True)),
             means=dict(zip(modules, self._sums.means(), strict=True)),
         )
 
@@ -131,7 +132,7 @@ class BalanceSchedule:
             "tokens": sums.tokens,
             "activations": [gram.tolist() for gram in sums.activations],
             "totals": [total.tolist() for total in sums.totals],
-            "scores": [gram.tolist() for gram in sums.scores],
+            "gradients": [gram.tolist() for gram in sums.gradients],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -149,7 +150,7 @@ class BalanceSchedule:
         self._forget()
         self.steps, self._examples = state["steps"], state["examples"]
         self._sums.tokens = list(state["tokens"])
-        for kind in ("activations", "totals", "scores"):
+        for kind in ("activations", "totals", "gradients"):
             grams = [torch.tensor(g, dtype=torch.float64) for g in state[kind]]
             setattr(self._sums, kind, grams)
         self._listen()

@@ -1,4 +1,4 @@
-"""Second moments of the rank activations and of their scores, module by module."""
+"""Second moments of the rank activations and of their gradients, module by module."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ class Gramians:
 
     Attributes:
         activations: For each module G, the mean over tokens of ``h h^T``, r x r.
-        scores: For each module M, the sum over tokens and data of ``g g^T``, r x r,
+        gradients: For each module M, the sum over tokens and data of ``g g^T``, r x r,
             in nats^2 per data set.
         gate_fisher: ``F_i = sum_n (sum_t h_ti g_ti)^2``, the exact diagonal Fisher
             information of the gates in the present gauge, (R,), per data set; empty
@@ -41,12 +41,12 @@ class Gramians:
     """
 
     activations: dict[str, Tensor]
-    scores: dict[str, Tensor]
+    gradients: dict[str, Tensor]
     gate_fisher: Tensor = field(default_factory=lambda: torch.empty(0))
     means: dict[str, Tensor] = field(default_factory=dict)
 
     def centered(self, about: Mapping[str, Tensor] | None = None) -> "Gramians":
-        """The scores, and ``mean (h - c) (h - c)^T`` for the activations; no more.
+        """The gradients, and ``mean (h - c) (h - c)^T`` for the activations; no more.
 
         Args:
             about: c of each module, r; None for the means: G is then a covariance, and
@@ -63,11 +63,11 @@ class Gramians:
             found = gram - torch.outer(mean, mean)
             varies = found.trace() > ROUNDING * gram.trace()
             activations[name] = found * varies + torch.outer(off, off)
-        return Gramians(activations, self.scores)
+        return Gramians(activations, self.gradients)
 
     def require_means(self) -> dict[str, Tensor]:
         """The means of all modules, or a ValueError."""
-        if self.means.keys() != self.scores.keys():
+        if self.means.keys() != self.gradients.keys():
             raise ValueError(
                 "the moments have no means, or are centered already; take them again: "
                 "gramians(model, batches)"
@@ -87,9 +87,9 @@ def gramians(
     """The second moments that `balance` makes equal, from one pass over data.
 
     With h = A x the rank activations of a module and ``g = d log p(y | x) / d h`` their
-    scores, at gates of 1 in eval mode: ``G = mean h h^T`` over tokens,
+    gradients, at gates of 1 in eval mode: ``G = mean h h^T`` over tokens,
     ``M = (N/n) sum g g^T`` over tokens and the n examples of ``batches``. Tokens whose
-    score is exactly 0, such as padding, count in neither. One forward and one backward
+    gradient is exactly 0, such as padding, count in neither. One forward and one backward
     pass per batch; beyond them O(r^2) memory per module.
 
     Args:
@@ -108,7 +108,7 @@ def gramians(
     Raises:
         TypeError: If the model is no `GateLoRA`, or ``batches`` is one batch.
         ValueError: If there are no batches, the likelihood cannot sample, labels are
-            missing, a score is not finite, the network takes no gate per example
+            missing, a gradient is not finite, the network takes no gate per example
             (DoRA), or a choice is none of those above.
         RuntimeError: If the adapter is merged, disabled, inactive or deleted.
 
@@ -118,8 +118,8 @@ def gramians(
     """
     if not isinstance(model, GateLoRA):
         raise TypeError(
-            f"model is a {type(model).__name__}; gates are what the gauge is of: "
-            f"GateLoRA(net, num_data=len(train))"
+            f"model is a {type(model).__name__}, which binds {model.binds}; the gauge "
+            f"is defined only for gates: GateLoRA(net, num_data=len(train))"
         )
     if labels not in get_args(Labels):
         raise ValueError(f'labels={labels!r}; expected "sampled" or "observed"')
@@ -129,15 +129,15 @@ def gramians(
     if dora := model.space.dora:
         raise ValueError(
             f"the DoRA layer {dora[0]!r} takes one draw for the whole batch, so that "
-            f"no example has a score of its own; the gauge needs plain LoRA "
+            f"no example has a gradient of its own; the gauge needs plain LoRA "
             f"(LoraConfig(use_dora=False))"
         )
     sums, count = Sums(model.space.ranks), 0
     fisher = torch.zeros(model.space.size, dtype=torch.float64)
     with evaluating(model), seeded_by(generator):
         for batch in tqdm(batches, disable=not progress, desc="gramians"):
-            scores = _gate_scores(model, batch, labels, gates, sums)
-            fisher += scores.square().sum(0).cpu()
+            gradients = _gate_gradients(model, batch, labels, gates, sums)
+            fisher += gradients.square().sum(0).cpu()
             count += batch_size(dict(batch))
     if count == 0:
         raise ValueError("got no batches; expected the training set")
@@ -146,24 +146,24 @@ def gramians(
         return Gramians({}, {}, whole * fisher)
     return Gramians(
         activations=dict(zip(modules, sums.mean_activations(), strict=True)),
-        scores={m: whole * s for m, s in zip(modules, sums.scores, strict=True)},
+        gradients={m: whole * s for m, s in zip(modules, sums.gradients, strict=True)},
         gate_fisher=whole * fisher,
         means=dict(zip(modules, sums.means(), strict=True)),
     )
 
 
 class Sums:
-    """Running sums of ``h h^T`` and ``g g^T`` over tokens whose score is not 0."""
+    """Running sums of ``h h^T`` and ``g g^T`` over tokens whose gradient is not 0."""
 
     def __init__(self, ranks: Sequence[int]) -> None:
         self.ranks = tuple(ranks)
         self.activations = [torch.zeros(r, r, dtype=torch.float64) for r in ranks]
-        self.scores = [torch.zeros_like(gram) for gram in self.activations]
+        self.gradients = [torch.zeros_like(gram) for gram in self.activations]
         self.totals = [gram.new_zeros(len(gram)) for gram in self.activations]
         self.tokens = [0.0] * len(ranks)
 
     def add(self, index: int, h: Tensor, g: Tensor) -> None:
-        """Count the tokens of module ``index``: ``... x r`` activations and scores.
+        """Count the tokens of module ``index``: ``... x r`` activations and gradients.
 
         Raises:
             ValueError: If one is not finite.
@@ -179,7 +179,7 @@ class Sums:
             )
         self.activations[index] += gram_h.cpu()
         self.totals[index] += h.sum(0).cpu()
-        self.scores[index] += gram_g.cpu()
+        self.gradients[index] += gram_g.cpu()
         self.tokens[index] += float(live.sum())
 
     def mean_activations(self) -> list[Tensor]:
@@ -236,10 +236,10 @@ class Tap:
         return x.movedim(1, -1) if self.trailing else x
 
 
-def _gate_scores(
+def _gate_gradients(
     model: GateLoRA, batch: Mapping[str, Any], labels: Labels, gates: Gates, sums: Sums
 ) -> Tensor:
-    """Each example's score in its gates, ``B x R``; adds its tokens to ``sums``."""
+    """Each example's gradient in its gates, ``B x R``; adds its tokens to ``sums``."""
     inputs = without_labels(batch)
     observed = batch.get("labels") if labels == "observed" else None
     if labels == "observed" and observed is None:
@@ -250,8 +250,8 @@ def _gate_scores(
         rows = (torch.rand_like(rows) < share).to(rows).requires_grad_()
     with torch.enable_grad(), tapped(model, sums.add), model.bind(rows):
         log_prob = _log_likelihood(model, model.predictions(**inputs), observed)
-        (scores,) = torch.autograd.grad(log_prob, rows)
-    return scores.double()
+        (gradients,) = torch.autograd.grad(log_prob, rows)
+    return gradients.double()
 
 
 def _log_likelihood(model: GateLoRA, predictions: Tensor, labels: Any) -> Tensor:

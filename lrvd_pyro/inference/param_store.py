@@ -36,8 +36,17 @@ class UniqueModule(FreezableModule):
 
     Pyro's store keeps parameters by name; a second root of the same name would be
     handed the first one's parameters and train nothing. Copies and unpickled objects
-    get a new name too.
+    get a new name too. A subclass that lacks an abstract method cannot be made.
     """
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # As ABCMeta does; PyroModule has a metaclass of its own already.
+        cls.__abstractmethods__ = frozenset(  # type: ignore[attr-defined]
+            name
+            for name in dir(cls)
+            if getattr(getattr(cls, name, None), "__isabstractmethod__", False)
+        )
 
     def __init__(self) -> None:
         super().__init__(_new_name(self))

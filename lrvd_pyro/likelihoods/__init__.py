@@ -1,14 +1,30 @@
-"""Likelihoods: from the network's predictions to the observed labels."""
+"""Likelihoods: from the network's predictions to the observed labels.
 
-from lrvd_pyro.likelihoods.base import Likelihood, data_plate
+A likelihood is any object with the three methods of `Likelihood`. `Curvature` and
+`Contrasts` are what it may offer besides.
+"""
+
+from lrvd_pyro.likelihoods.base import (
+    Contrasts,
+    Curvature,
+    Likelihood,
+    data_plate,
+    samples_first,
+)
 from lrvd_pyro.likelihoods.categorical import Categorical, CategoricalPrediction
 from lrvd_pyro.likelihoods.normal import Normal, NormalPrediction
+
+Prediction = CategoricalPrediction | NormalPrediction
 
 __all__ = [
     "Categorical",
     "CategoricalPrediction",
+    "Contrasts",
+    "Curvature",
     "Likelihood",
     "Normal",
     "NormalPrediction",
+    "Prediction",
     "data_plate",
+    "samples_first",
 ]

@@ -1,6 +1,6 @@
 """Draws of the latent variables from a guide, or as they were given."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,12 +10,10 @@ from torch import Tensor
 
 from lrvd_pyro.inference.kl import latent_sites
 from lrvd_pyro.inference.param_store import waits_for_first_call
+from lrvd_pyro.inference.programs import Guide
 from lrvd_pyro.models.base import RankModel
 
 Latents = dict[str, Tensor]
-
-
-Guide = Callable[..., Any]
 
 
 def posterior_draws(

@@ -91,14 +91,14 @@ class FanOut:
 
 def takes_rows(model: RankModel) -> bool:
     """Whether the model binds a draw per row: gates, and no DoRA layer."""
-    return not model.space.sides and not model.space.dora
+    return model.binds == "gates" and not model.space.dora
 
 
 def trial(model: RankModel, values: Tensor, batch: Batch, copies: int) -> str | None:
     """Why a model cannot share passes; empty if it can, None if nothing shows it."""
     if is_compiled(model.base_net):
         return "it is compiled"
-    if not model.space.sides:  # gates: all on, and two that turn off half each
+    if model.binds == "gates":  # all on, and two that turn off half each
         half = torch.arange(values.shape[1], device=values.device) % 2
         values = torch.stack([torch.ones_like(half), half, 1 - half]).to(values)
     few = _with_rows(batch, lambda rows: rows[:TRIAL_EXAMPLES])

@@ -14,6 +14,7 @@ from torch.distributions import constraints
 from lrvd_pyro.batches import gate_rows
 from lrvd_pyro.inference.kl import latent_sites
 from lrvd_pyro.inference.per_example import PerExample
+from lrvd_pyro.likelihoods.base import contrasts_of
 from lrvd_pyro.models.base import RankModel
 
 DRAWS = 4096  # of gates, where a guide's covariance has no closed form
@@ -104,6 +105,7 @@ class Linearized:
 
     def __init__(self, model: RankModel, moments: GateMoments) -> None:
         self.model, self.moments = model, moments
+        self._likelihood = contrasts_of(model.likelihood, type(self).__name__)
 
     def __call__(self, batch: dict[str, Any]) -> Tensor:
         """The predictions for one batch, ``S x B x ...``."""
@@ -111,7 +113,7 @@ class Linearized:
         size = mean.shape[1]
         nodes = normal_nodes(max(NODES, 2 * size), size).to(mean)
         draws = mean + torch.einsum("bjk,sk->sbj", symmetric_root(covariance), nodes)
-        return self.model.likelihood.from_contrasts(draws)
+        return self._likelihood.from_contrasts(draws)
 
     def contrasts(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Mean ``B x K`` and covariance ``B x K x K`` of the contrasts of a batch."""
@@ -119,7 +121,7 @@ class Linearized:
         gate = self.moments.mean.to(parameter)
         gates = gate_rows(gate, batch)
         with torch.enable_grad(), self.model.bind(gates):
-            mean = self.model.likelihood.contrasts(self.model.predictions(**batch))
+            mean = self._likelihood.contrasts(self.model.predictions(**batch))
             self._check_rows(mean, gates)
             rows = [_gradient(contrast, gates) for contrast in mean.sum(0)]
         return mean.detach(), self.moments.project(torch.stack(rows, 1).to(mean))
@@ -148,11 +150,12 @@ def check_linearizable(model: RankModel) -> None:
         TypeError: If the model draws weights, or a layer is a DoRA layer.
     """
     space = model.space
-    if space.sides:
+    if model.binds != "gates":
         raise TypeError(
             f"the linearized predictive needs gates, and {type(model).__name__} draws "
-            f"weights; {WAY_OUT}"
+            f"{model.binds}; {WAY_OUT}"
         )
+    contrasts_of(model.likelihood, 'predict(..., method="linearized")')
     if space.dora:
         raise TypeError(
             f"the linearized predictive needs a gate per example, which the DoRA "

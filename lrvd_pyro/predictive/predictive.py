@@ -11,9 +11,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lrvd_pyro.batches import batch_size, opened, without_labels
+from lrvd_pyro.inference.programs import Guide
 from lrvd_pyro.models.base import RankModel, evaluating
 from lrvd_pyro.predictive.draws import (
-    Guide,
     bound_values,
     check_ready,
     draw_latents,
@@ -156,14 +156,18 @@ def posterior_mean(
     Exact for guides with a method ``mean`` (`RankDiagonal`); for others the mean of
     ``num_samples`` draws of the guide, which cost no forward pass.
     """
+    with model.bind(mean_value(model, guide, num_samples)):
+        yield model.base_net
+
+
+def mean_value(model: RankModel, guide: Guide, num_samples: int = 1000) -> Tensor:
+    """What the model binds at the posterior mean; see `posterior_mean`."""
     with torch.no_grad(), seeded(0):
         if hasattr(guide, "mean"):
-            value = guide.mean()
-        else:
-            draws = (draw_latents(model, guide, {}) for _ in range(num_samples))
-            value = torch.stack([model.value_at(z) for z in draws]).mean(0)
-    with model.bind(value):
-        yield model.base_net
+            mean: Tensor = guide.mean()
+            return mean
+        draws = (draw_latents(model, guide, {}) for _ in range(num_samples))
+        return torch.stack([model.value_at(z) for z in draws]).mean(0)
 
 
 def _inputs(batch: Mapping[str, Any]) -> Batch:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import distributions as dist
 from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
@@ -13,6 +14,10 @@ from lrvd_pyro.inference.per_example import PerExample
 from lrvd_pyro.priors.base import Prior
 from lrvd_pyro.rank_space.space import RankSpace
 
+STRAIGHT_THROUGH = (
+    dist.RelaxedBernoulliStraightThrough,
+    dist.RelaxedOneHotCategoricalStraightThrough,
+)
 CONTRACT = """A prior maps a RankSpace to the gate, of event shape (R,):
   - every latent site has one event dimension: .to_event(1), a global scale shape (1,)
   - indexing is by [..., index], and nothing stands in a plate
@@ -77,6 +82,13 @@ def _check_sites(prior: Prior, trace: poutine.Trace) -> None:
             raise _breach(f"site {name!r} is observed (or a pyro.factor)")
         if len(site["cond_indep_stack"]) != 1:
             raise _breach(f"site {name!r} stands in a plate")
+        if isinstance(getattr(site["fn"], "base_dist", site["fn"]), STRAIGHT_THROUGH):
+            raise _breach(
+                f"site {name!r} is a straight-through draw, whose density is known for "
+                f"the very tensor that was drawn and for no copy of it; take "
+                f"pyro.distributions.RelaxedBernoulli, or priors.SpikeSlab() for exact "
+                f"zeros"
+            )
         if site["fn"].event_dim != 1:
             raise _breach(
                 f"site {name!r} has {site['fn'].event_dim} event dimensions, not 1"

@@ -4,6 +4,7 @@
 """
 
 from lrvd_pyro.rank_space.coordinates import Coordinates, Level
+from lrvd_pyro.rank_space.removal import Cuts, slice_tensors
 from lrvd_pyro.rank_space.space import RankSpace
 
-__all__ = ["Coordinates", "Level", "RankSpace"]
+__all__ = ["Coordinates", "Cuts", "Level", "RankSpace", "slice_tensors"]

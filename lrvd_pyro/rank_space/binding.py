@@ -78,8 +78,8 @@ class Binding:
 
     def require_live(self) -> None:
         """Raise a RuntimeError unless a draw can enter the forward pass."""
-        first = next(iter(self.layers.values()))
-        if all(module is not first for module in self.net.modules()):
+        first: nn.Module = next(iter(self.layers.values()))  # type: ignore[assignment]
+        if first not in self.net.modules():
             raise RuntimeError(
                 f"adapter {self.adapter!r} was unloaded from the network, so that no "
                 f"draw can enter the forward pass; make the model again"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 Level = Literal["global", "module", "layer", "type", "rank"]
+SHARED = ("module", "layer", "type")  # of which a vector may have one per group
 Coordinates = dict[str, list[str] | list[int]]
 
 
@@ -45,6 +46,25 @@ class Groups:
                 index = torch.tensor(numbers, device=device)
             self._found[key] = index, max(numbers) + 1
         return self._found[key]
+
+    def indices_kept(self, keep: Tensor, name: str, size: int) -> Tensor:
+        """See `RankSpace.indices_kept`."""
+        level = name.rpartition(".")[2].partition("_")[0]
+        if level in SHARED:
+            group, count = self.at(level, keep.device)  # type: ignore[arg-type]
+            if size == count:
+                left = list(dict.fromkeys(group[keep].tolist()))
+                return torch.tensor(left, device=keep.device)
+        if size == len(keep):
+            return keep.nonzero().squeeze(-1)
+        if size == 1:
+            return torch.zeros(1, dtype=torch.long, device=keep.device)
+        raise TypeError(
+            f"{name!r} has {size} components, and nothing says to which of the "
+            f"{len(keep)} rank components they belong; give it one, one per rank "
+            f"component, or one per group and a name that says so: module_scale, "
+            f"layer_scale, type_scale"
+        )
 
     def _numbers(self, level: Level) -> list[int]:
         if level == "global":

@@ -111,7 +111,7 @@ def obstacle(layer: LoraLayer, adapter: str, gate: GateHook) -> tuple[str, str] 
     if adapter not in layer.lora_B:
         return "was deleted", "build the model on another adapter"
     if gate not in forward_hooks(layer.lora_B[adapter])[0].values():
-        return "was replaced, or its RankSpace closed,", "build the model anew"
+        return "was replaced, or its RankSpace closed,", "make the model again"
     if adapter in layer.lora_variant and caches_dora_norms():
         return "has a cached weight norm", "leave peft.helpers.DoraCaching()"
     if layer.merged:

@@ -29,8 +29,6 @@ from lrvd_pyro.rank_space.removal import (
     slice_tensors,
 )
 
-LEVELS = ("module", "layer", "type")  # of which a vector may have one per group
-
 
 class RankSpace:
     """The rank components of one LoRA adapter, ``R = sum of ranks`` in all.
@@ -143,6 +141,26 @@ class RankSpace:
         rows = [w if side == "lora_A" else w.T for side, w in pairs]
         return torch.cat([row.reshape(-1) for row in rows])
 
+    def unflatten(self, value: Tensor) -> Parts:
+        """The weights of ``sides`` by module, from a vector laid out as by `flatten`.
+
+        Raises:
+            ValueError: If the length does not fit.
+        """
+        sizes = {side: [w.numel() for w in self.weights(side)] for side in self.sides}
+        lengths = [sum(each) for each in sizes.values()]
+        if value.dim() not in (1, 2) or value.shape[-1] != sum(lengths):
+            raise ValueError(
+                f"the drawn weights have shape {tuple(value.shape)}; expected "
+                f"({sum(lengths)},) or (batch, {sum(lengths)}) for {self.sides}"
+            )
+        parts: Parts = {}
+        for side, flat in zip(self.sides, torch.split(value, lengths, -1), strict=True):
+            pieces = torch.split(flat, sizes[side], -1)
+            rows = [v.view(*v.shape[:-1], r, -1) for v, r in zip(pieces, self.ranks)]
+            parts[side] = rows if side == "lora_A" else [v.mT for v in rows]
+        return parts
+
     @contextmanager
     def bind(self, gate: Tensor) -> Iterator[None]:
         """Multiply the rank activations by ``gate`` within the block.
@@ -178,19 +196,8 @@ class RankSpace:
         Raises:
             ValueError: If the length does not fit, or a layer's rows fit no ``B``.
         """
-        sizes = {side: [w.numel() for w in self.weights(side)] for side in self.sides}
-        lengths = [sum(each) for each in sizes.values()]
-        if value.dim() not in (1, 2) or value.shape[-1] != sum(lengths):
-            raise ValueError(
-                f"the drawn weights have shape {tuple(value.shape)}; expected "
-                f"({sum(lengths)},) or (batch, {sum(lengths)}) for {self.sides}"
-            )
+        parts = self.unflatten(value)
         self._require_one_draw_for_dora(value)
-        parts: Parts = {}
-        for side, flat in zip(self.sides, torch.split(value, lengths, -1), strict=True):
-            pieces = torch.split(flat, sizes[side], -1)
-            rows = [v.view(*v.shape[:-1], r, -1) for v, r in zip(pieces, self.ranks)]
-            parts[side] = rows if side == "lora_A" else [v.mT for v in rows]
         with self.binding.holding(parts):
             yield
 
@@ -272,23 +279,7 @@ class RankSpace:
         Raises:
             TypeError: If the vector is none of these.
         """
-        keep = keep.to(self.device)
-        level = name.rpartition(".")[2].partition("_")[0]
-        if level in LEVELS:
-            group = self.group(level)  # type: ignore[arg-type]
-            if size == self.count(level):  # type: ignore[arg-type]
-                left = list(dict.fromkeys(group[keep].tolist()))
-                return torch.tensor(left, device=self.device)
-        if size == self.size:
-            return keep.nonzero().squeeze(-1)
-        if size == 1:
-            return torch.zeros(1, dtype=torch.long, device=self.device)
-        raise TypeError(
-            f"{name!r} has {size} components, and nothing says to which of the "
-            f"{self.size} rank components they belong; give it one, one per rank "
-            f"component, or one per group and a name that says so: module_scale, "
-            f"layer_scale, type_scale"
-        )
+        return self._groups.indices_kept(keep.to(self.device), name, size)
 
     def _require_one_draw_for_dora(self, draw: Tensor) -> None:
         """DoRA sends the identity through A and B too: its rows are no examples."""

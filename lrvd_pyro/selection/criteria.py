@@ -22,17 +22,17 @@ Source: derived here; log alpha > 3, Molchanov, Ashukha and Vetrov (2017, arXiv
 1701.05369).
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
-from lrvd_pyro.guides.rank_diagonal import RankDiagonal
+from lrvd_pyro.guides.base import ClosedFormNoise, RankGuide
 from lrvd_pyro.inference.kl import divergence
 from lrvd_pyro.inference.per_example import Multiplicities, PerExample
-from lrvd_pyro.models import FactorLoRA
 from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.optim import Optimizer
 from lrvd_pyro.selection.removal import check_pair, select
 
 Criterion = Literal["log_alpha", "elbo_drop"]
@@ -40,8 +40,8 @@ Criterion = Literal["log_alpha", "elbo_drop"]
 
 def prune(
     model: RankModel,
-    guide: RankDiagonal,
-    optimizer: Any = None,
+    guide: RankGuide,
+    optimizer: Optimizer | None = None,
     *,
     log_alpha_threshold: float = 3.0,
     criterion: Criterion = "log_alpha",
@@ -61,7 +61,7 @@ def prune(
 
     Args:
         model: A `GateLoRA` or `FactorLoRA`, trained.
-        guide: Its `RankDiagonal`.
+        guide: Its guide, a `RankGuide`.
         optimizer: What trains them: of this library, Pyro or torch. None if nothing
             does yet, or any more.
         log_alpha_threshold: The largest log alpha that stays.
@@ -75,7 +75,7 @@ def prune(
         Which components stayed, bool (R,), R as before.
 
     Raises:
-        TypeError: If ``guide`` is no `RankDiagonal`; and as `select` and `removal_cost`
+        TypeError: If ``guide`` is not a `RankGuide`; and as `select` and `removal_cost`
             raise it.
         ValueError: If everything would go, with a diagnosis; if log alpha is NaN; or as
             `select` raises it. Nothing has changed then.
@@ -99,13 +99,11 @@ def prune(
             f'criterion={criterion!r}; expected "log_alpha" or "elbo_drop"'
         )
     refuse_nothing_left(model, guide, keep, rule)
-    select(model, guide, keep, optimizer)
+    select(model, guide, optimizer, keep=keep)
     return keep
 
 
-def removal_cost(
-    model: RankModel, guide: RankDiagonal, kl_weight: float = 1.0
-) -> Tensor:
+def removal_cost(model: RankModel, guide: RankGuide, kl_weight: float = 1.0) -> Tensor:
     """What removing each component would cost in expected log-likelihood, (R,) nats.
 
     Nats per data set; no data are needed. Let the log-likelihood be quadratic in each
@@ -133,13 +131,18 @@ def removal_cost(
             components, under this prior.
     """
     check_pair(model, guide)
+    if not isinstance(guide, ClosedFormNoise):
+        raise TypeError(
+            f"guide is a {type(guide).__name__}, of whose noise no closed form is "
+            f'known; use criterion="log_alpha", or RankDiagonal(model)'
+        )
     ratio = guide.noise_ratio()
     (pull,) = torch.autograd.grad(_kl(model, guide), guide.log_variance)
     (slope,) = torch.autograd.grad(ratio.sum(), guide.log_variance)
     for part, rise in zip(guide.by_site(pull), guide.by_site(slope)):
         if rise.shape == ratio.shape and bool((rise != 0).any()):
             half_curvature = (-kl_weight * part).clamp(min=0) / rise
-            cost = half_curvature * (1 + ratio.detach())
+            cost: Tensor = half_curvature * (1 + ratio.detach())
             return cost.nan_to_num(nan=torch.inf, posinf=torch.inf)
     raise TypeError(
         "no latent site has one component per rank component, so that none can be "
@@ -166,13 +169,13 @@ def best_of_modules(model: RankModel, worth: Tensor, min_rank: int) -> Tensor:
 
 
 def refuse_nothing_left(
-    model: RankModel, guide: RankDiagonal, keep: Tensor, rule: str
+    model: RankModel, guide: RankGuide, keep: Tensor, rule: str
 ) -> None:
     """Raise if no component would stay, and say where that comes from."""
     if keep.any():
         return
     log_alpha = guide.log_alpha
-    counted = sum(q.mean.numel() for q in guide.distributions().values())
+    counted = sum(fn.event_shape[0] for fn in model.latent_sites().values())
     raise ValueError(
         f"all {len(keep)} rank components would go: their log alpha lies between "
         f"{float(log_alpha.min()):.2f} and {float(log_alpha.max()):.2f}, {rule}. "
@@ -183,9 +186,9 @@ def refuse_nothing_left(
     )
 
 
-def _kl(model: RankModel, guide: RankDiagonal, draws: int = 256) -> Tensor:
+def _kl(model: RankModel, guide: RankGuide, draws: int = 256) -> Tensor:
     """KL(guide || prior), scales that others depend on averaged over ``draws``."""
-    draws = 1 if isinstance(model, FactorLoRA) else draws
+    draws = draws if model.binds == "gates" else 1  # weights have no scales above them
     prior, posterior = PerExample(draws), PerExample(draws)
     multiplicities = Multiplicities()
     with torch.random.fork_rng(), poutine.block(), torch.enable_grad():

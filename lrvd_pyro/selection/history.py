@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lrvd_pyro.guides.rank_diagonal import RankDiagonal
+from lrvd_pyro.guides.base import RankGuide
 
 if TYPE_CHECKING:
     import pandas
@@ -28,7 +28,7 @@ class RankHistory:
         history.frame().groupby(["step", "layer"]).log_alpha.median()
 
     Args:
-        guide: A `RankDiagonal`. Make the history before components are removed.
+        guide: A `RankGuide`. Make the history before components are removed.
 
     Attributes:
         steps: The steps recorded, T of them.
@@ -36,7 +36,7 @@ class RankHistory:
             `RankSpace.coordinates`.
     """
 
-    def __init__(self, guide: RankDiagonal) -> None:
+    def __init__(self, guide: RankGuide) -> None:
         self.guide = guide
         self.coordinates = guide.space.coordinates
         self.steps: list[int] = []

@@ -6,17 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrvd_pyro.guides.rank_diagonal import RankDiagonal
+from lrvd_pyro.guides.base import RankGuide
 from lrvd_pyro.models import GateLoRA
+from lrvd_pyro.optim import Optimizer
 from lrvd_pyro.selection.removal import check_pair, select
 
 
 def free_lower_layers(
     model: GateLoRA,
-    guide: RankDiagonal,
-    hankel_values: Mapping[str, Tensor] | None,
-    optimizer: Any = None,
+    guide: RankGuide,
+    optimizer: Optimizer | None = None,
     *,
+    hankel_values: Mapping[str, Tensor] | None = None,
     share: float = 1 / 3,
     layers: int | None = None,
 ) -> Tensor:
@@ -42,15 +43,15 @@ def free_lower_layers(
                 found = gather.found()
                 center(model, found)
                 sizes = hankel_values(found.centered())
-                free_lower_layers(model, guide, sizes, svi.optim)
+                free_lower_layers(model, guide, svi.optim, hankel_values=sizes)
                 gather.close()
 
     Args:
         model: The `GateLoRA` in training.
-        guide: Its `RankDiagonal`.
+        guide: Its guide, a `RankGuide`.
+        optimizer: What trains them, as in `prune`.
         hankel_values: t of each module, from `gauge.hankel_values`; None where
             ``layers`` are given.
-        optimizer: What trains them, as in `prune`.
         share: From 0 to below 1.
         layers: How many layers to free instead, if not None.
 
@@ -91,7 +92,7 @@ def free_lower_layers(
             f"have ranks, and the highest stays"
         )
     keep: Tensor = layer >= numbers[int(layers)]
-    select(model, guide, keep, optimizer)
+    select(model, guide, optimizer, keep=keep)
     return keep
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Collection
 from functools import cache
-from typing import Any
 
 import torch
 from pyro.optim import PyroOptim
@@ -10,10 +9,11 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lrvd_pyro._compat.pyro import restored_without_a_step
+from lrvd_pyro.optim import Optimizer
 from lrvd_pyro.rank_space.removal import Cuts
 
 
-def torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+def torch_optimizers(optimizer: Optimizer) -> list[torch.optim.Optimizer]:
     """The torch optimizers, so far made, behind one of torch, Pyro or this library.
 
     Raises:
@@ -39,7 +39,7 @@ def torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
 
 
 def optimizers_of(
-    optimizer: Any, tensors: Collection[Tensor], what: str
+    optimizer: Optimizer, tensors: Collection[Tensor], what: str
 ) -> list[torch.optim.Optimizer]:
     """`torch_optimizers`, of which one holds some of ``tensors``, or none yet any.
 
@@ -56,7 +56,7 @@ def optimizers_of(
     return optims
 
 
-def check_state(optimizer: Any, cuts: Cuts) -> None:
+def check_state(optimizer: Optimizer, cuts: Cuts) -> None:
     """Raise unless `select_state` can slice an optimizer's state.
 
     Raises:
@@ -76,7 +76,7 @@ def check_state(optimizer: Any, cuts: Cuts) -> None:
                     )
 
 
-def select_state(optimizer: Any, cuts: Cuts, gone: set[Tensor]) -> None:
+def select_state(optimizer: Optimizer, cuts: Cuts, gone: set[Tensor]) -> None:
     """Slice an optimizer's moments as their parameters; forget the ``gone`` ones.
 
     Numbers of steps taken stay. Works on what the optimizer holds, so that whatever
@@ -107,7 +107,7 @@ def watch_for_stale_state() -> None:
     register_optimizer_step_pre_hook(_refuse_stale_state)
 
 
-def _refuse_stale_state(optim: torch.optim.Optimizer, *_: Any) -> None:
+def _refuse_stale_state(optim: torch.optim.Optimizer, *_: object) -> None:
     for parameter, state in optim.state.items():
         for moment in (state.get("exp_avg"), state.get("momentum_buffer")):
             if isinstance(moment, Tensor) and moment.shape != parameter.shape:
@@ -118,5 +118,5 @@ def _refuse_stale_state(optim: torch.optim.Optimizer, *_: Any) -> None:
                 )
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return value is None or isinstance(value, int | float)

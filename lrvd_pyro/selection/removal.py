@@ -1,16 +1,15 @@
 """Removing rank components from model, guide, prior and optimizer at once."""
 
-from typing import Any
-
 import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from lrvd_pyro.guides.rank_diagonal import RankDiagonal
+from lrvd_pyro.guides.base import RankGuide
 from lrvd_pyro.inference.kl import latent_sites
 from lrvd_pyro.models import GateLoRA
 from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.optim import Optimizer
 from lrvd_pyro.rank_space.removal import Cuts, replace_data, slice_tensors
 from lrvd_pyro.selection.optimizer_moments import (
     check_state,
@@ -20,7 +19,11 @@ from lrvd_pyro.selection.optimizer_moments import (
 
 
 def select(
-    model: RankModel, guide: RankDiagonal, keep: Tensor, optimizer: Any = None
+    model: RankModel,
+    guide: RankGuide,
+    optimizer: Optimizer | None = None,
+    *,
+    keep: Tensor,
 ) -> None:
     """Remove the rank components where ``keep`` (R,) is False, all over or nowhere.
 
@@ -36,7 +39,7 @@ def select(
     error.
 
     Raises:
-        TypeError: If the guide is no `RankDiagonal`, a latent site or prior parameter
+        TypeError: If the guide is not a `RankGuide`, a latent site or prior parameter
             belongs to no components that can be told, the prior does not follow its
             rank space, or the optimizer's state cannot be sliced.
         ValueError: If ``keep`` is no mask that keeps something, a DoRA layer would be
@@ -66,12 +69,13 @@ def select(
         del store[name]
 
 
-def check_pair(model: RankModel, guide: RankDiagonal) -> None:
-    """Raise unless ``guide`` is a `RankDiagonal` of this model."""
-    if not isinstance(guide, RankDiagonal):
+def check_pair(model: RankModel, guide: RankGuide) -> None:
+    """Raise unless ``guide`` is a `RankGuide` of this model."""
+    if not isinstance(guide, RankGuide):
         raise TypeError(
-            f"guide is a {type(guide).__name__}; ranks are selected under "
-            f"RankDiagonal(model), which has a noise of its own for each"
+            f"guide is a {type(guide).__name__}; ranks are selected under a "
+            f"guides.RankGuide, which has a noise of its own for each: "
+            f"RankDiagonal(model) for GateLoRA, TiedDiagonal(model) for FactorLoRA"
         )
     if guide.space is not model.space:
         raise ValueError(
@@ -92,18 +96,21 @@ def prior_cuts(model: RankModel, keep: Tensor) -> Cuts:
     }
 
 
-def _check_prior(
-    model: RankModel, guide: RankDiagonal, keep: Tensor, cuts: Cuts
-) -> None:
+def _check_prior(model: RankModel, guide: RankGuide, keep: Tensor, cuts: Cuts) -> None:
     """Raise unless the prior, run on the ranks that stay, draws what the guide will."""
     if not isinstance(model, GateLoRA):
         return
+    space = model.space
+    expected = {
+        name: len(space.indices_kept(keep, name, fn.event_shape[0]))
+        for name, fn in model.latent_sites().items()
+    }
     before = {tensor: tensor.data for tensor in cuts}
     try:
         slice_tensors(cuts)
         with torch.no_grad(), torch.random.fork_rng(), poutine.block():
             with poutine.trace() as run:
-                gate = model.prior(model.space.after(keep))
+                gate = model.prior(space.after(keep))
         sites = latent_sites(run.trace).items()
         found = {name: site["fn"].event_shape[0] for name, site in sites}
         problem = f"it draws {found} and a gate of {len(gate)}"
@@ -112,9 +119,9 @@ def _check_prior(
     finally:
         for tensor, data in before.items():
             replace_data(tensor, data)
-    if found != guide.sizes_after(keep) or len(gate) != int(keep.sum()):
+    if found != expected or len(gate) != int(keep.sum()):
         raise TypeError(
             f"the prior does not follow its rank space to {int(keep.sum())} rank "
-            f"components: {problem}; expected {guide.sizes_after(keep)}. Take sizes "
+            f"components: {problem}; expected {expected}. Take sizes "
             f"from space.size and space.group(level), none from outside"
         )

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lrvd_pyro.guides.rank_diagonal import RankDiagonal
+from lrvd_pyro.guides.base import RankGuide
 from lrvd_pyro.inference.elbo import RankELBO
 from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.optim import Optimizer
 from lrvd_pyro.selection.criteria import best_of_modules, refuse_nothing_left
 from lrvd_pyro.selection.removal import check_pair, select
 
@@ -35,7 +36,7 @@ class RankSchedule:
 
     Args:
         model: The model in training.
-        guide: Its `RankDiagonal`.
+        guide: Its guide, a `RankGuide`.
         optimizer: What trains both, as in `prune`.
         start: The first step to look at, counted from 1.
         every: Steps between looks.
@@ -49,7 +50,7 @@ class RankSchedule:
         above: For each rank component, looks in a row above the threshold, (R,).
 
     Raises:
-        TypeError: If the guide is no `RankDiagonal`.
+        TypeError: If the guide is not a `RankGuide`.
         ValueError: If a count is out of range; from `step`, if nothing would be left:
             with a diagnosis, all as it was.
     """
@@ -57,8 +58,8 @@ class RankSchedule:
     def __init__(
         self,
         model: RankModel,
-        guide: RankDiagonal,
-        optimizer: Any,
+        guide: RankGuide,
+        optimizer: Optimizer,
         *,
         start: int,
         every: int,
@@ -93,7 +94,7 @@ class RankSchedule:
         keep = spared | (counts < self.checks)
         rule = f"log_alpha_threshold={self.log_alpha_threshold} at step {self.steps}"
         refuse_nothing_left(self.model, self.guide, keep, rule)
-        select(self.model, self.guide, keep, self.optimizer)
+        select(self.model, self.guide, self.optimizer, keep=keep)
         self.above = counts[keep]
         return None if keep.all() else keep
 

@@ -6,7 +6,7 @@ that the scaling is 1 whether or not a server reads ``rank_pattern`` and
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lrvd_pyro._compat.transformers import attention_implementation
 from lrvd_pyro.batches import without_labels
+from lrvd_pyro.inference.programs import Guide
 from lrvd_pyro.models.base import RankModel, evaluating
 from lrvd_pyro.predictive.predictive import posterior_mean
 from lrvd_pyro.storage.atomic import AnyPath, written_whole
@@ -31,7 +32,6 @@ from lrvd_pyro.storage.peft_files import (
 )
 
 Mode = Literal["pruned", "padded", "merged"]
-Guide = Callable[..., Any]
 
 # Initializations that subtract the first B A from the base weights.
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

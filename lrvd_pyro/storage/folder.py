@@ -13,22 +13,20 @@ Nothing is pickled, so that a folder from a stranger runs no code.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
-import pyro
 import torch
 from peft import LoraConfig
-from torch import Tensor, nn
+from torch import nn
 
-from lrvd_pyro import guides, likelihoods, models, priors
-from lrvd_pyro._version import __version__
-from lrvd_pyro.guides import RankDiagonal
+from lrvd_pyro import likelihoods, priors
+from lrvd_pyro.guides.base import RankGuide
+from lrvd_pyro.likelihoods import Likelihood
 from lrvd_pyro.models.base import RankModel
-from lrvd_pyro.rank_space.center import center_at, center_of
-from lrvd_pyro.rank_space.constant import is_frozen_bias
+from lrvd_pyro.priors import Prior
+from lrvd_pyro.rank_space.center import center_at
 from lrvd_pyro.selection.removal import check_pair
 from lrvd_pyro.storage.atomic import (
     AnyPath,
@@ -37,35 +35,27 @@ from lrvd_pyro.storage.atomic import (
     recover,
     written_whole,
 )
+from lrvd_pyro.storage.config import (
+    Parts,
+    Tensors,
+    config_of,
+    joined,
+    parted,
+    read_config,
+)
 from lrvd_pyro.storage.export import plain_adapter
-from lrvd_pyro.storage.fingerprint import check_base, fingerprint
+from lrvd_pyro.storage.fingerprint import check_base
 from lrvd_pyro.storage.peft_files import (
     ADAPTER,
     ADAPTER_CONFIG,
     adapted,
     adapter_state,
-    live_config,
-    plain_name,
     write_adapter,
     write_tensors,
 )
-from lrvd_pyro.storage.spec import (
-    build,
-    build_guide,
-    build_weight_prior,
-    builtins,
-    describe,
-    encode,
-)
+from lrvd_pyro.storage.spec import build, build_guide, build_model
 
-FORMAT = 1
 CONFIG, POSTERIOR = "lrvd_config.json", "lrvd_posterior.safetensors"
-KEYS = {"adapter", "base", "centered", "constant_biases", "constants", "frozen"}
-KEYS |= {"guide", "likelihood", "model", "modules", "num_data", "origin", "prior"}
-KEYS |= {"ranks", "scalings", "sides", "use_rslora", "versions", "weight_prior"}
-
-Tensors = dict[str, Tensor]
-Parts = dict[str, Tensors]
 
 
 def save(path: AnyPath, model: RankModel, guide: nn.Module) -> Path:
@@ -82,7 +72,7 @@ def save(path: AnyPath, model: RankModel, guide: nn.Module) -> Path:
 
     Args:
         path: The folder.
-        model: A `GateLoRA` or `FactorLoRA`.
+        model: A `GateLoRA`, `FactorLoRA`, or one of your own.
         guide: Its guide, a module.
 
     Returns:
@@ -94,24 +84,24 @@ def save(path: AnyPath, model: RankModel, guide: nn.Module) -> Path:
             or has no parameters yet, or the adapter alone does not make the network.
         RuntimeError: If the adapter is merged, disabled, inactive or deleted.
     """
-    if builtins(models).get(type(model).__name__) is not type(model):
+    if not isinstance(model, RankModel):
         raise TypeError(
-            f"model is a {type(model).__name__}; expected one of "
-            f"{sorted(builtins(models))} of lrvd_pyro.models"
+            f"model is a {type(model).__name__}; expected a models.RankModel, such as "
+            f"GateLoRA(net, num_data=len(train))"
         )
     if not isinstance(guide, nn.Module):
         raise TypeError(
             f"guide is a {type(guide).__name__}, whose parameters stand in Pyro's "
             f"store alone; make it a PyroModule, such as guides.RankDiagonal(model)"
         )
-    if isinstance(guide, RankDiagonal):
+    if isinstance(guide, RankGuide):
         check_pair(model, guide)
     adapter = plain_adapter(model, guide, drop=False)
     parts = _parts(model, guide)
-    config = json.dumps(_config(model, guide, parts), indent=2)
+    config = json.dumps(config_of(model, guide, parts), indent=2)
     with written_whole(path, {ADAPTER_CONFIG, ADAPTER, CONFIG, POSTERIOR}) as folder:
         write_adapter(folder, *adapter, model.base_net)
-        write_tensors(folder / POSTERIOR, _joined(parts))
+        write_tensors(folder / POSTERIOR, joined(parts))
         (folder / CONFIG).write_text(config)
     return Path(path)
 
@@ -120,9 +110,10 @@ def load(
     path: AnyPath,
     net: nn.Module,
     *,
-    prior: Any = None,
-    likelihood: Any = None,
-    guide: Callable[[Any], nn.Module] | None = None,
+    model: Callable[..., RankModel] | None = None,
+    prior: Prior | None = None,
+    likelihood: Likelihood | None = None,
+    guide: Callable[[RankModel], nn.Module] | None = None,
     weight_prior: torch.distributions.Distribution | None = None,
 ) -> tuple[RankModel, Any]:
     """The model and guide of a folder that `save` wrote, to predict with or to train.
@@ -136,12 +127,14 @@ def load(
         net = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)
         model, guide = load("posterior", net)
 
-    Priors, likelihoods and guides of this library are made anew from their names. Any
-    other is passed, and its name checked.
+    Models, priors, likelihoods and guides of this library are made from their names.
+    Any other is passed, and its name checked.
 
     Args:
         path: The folder.
         net: The base network, without PEFT; if loading fails it is so again.
+        model: The model's class, or a function with its arguments, if it is not of this
+            library.
         prior: What the model was made with, if it is not of this library.
         likelihood: Likewise.
         guide: The guide's class, or a function from the model to it. AutoGuides make
@@ -159,118 +152,49 @@ def load(
     """
     recover(path)
     folder = Path(path)
-    config = _read_config(folder / CONFIG)
-    saved = _split(read_tensors(folder / POSTERIOR))
+    config = read_config(folder / CONFIG)
+    saved = parted(read_tensors(folder / POSTERIOR), config["format"])
     adapter_config = _read_adapter_config(folder)
     check_base(folder, net, config, saved["net"])
-    given = {
+    given: dict[str, Any] = {
         "prior": build(folder, config, "prior", prior, priors),
         "likelihood": build(folder, config, "likelihood", likelihood, likelihoods),
     }
-    if config["model"] == "GateLoRA":
-        given["weight_prior"] = build_weight_prior(folder, config, weight_prior)
-    else:
-        given["sides"] = tuple(config["sides"])
+    if weight_prior is not None:
+        given["weight_prior"] = weight_prior
     with adapted(net, config, adapter_config) as peft_net:
-        model = builtins(models)[config["model"]](
-            peft_net, num_data=config["num_data"], adapter=config["adapter"], **given
-        )
-        model.space.origin = tuple(config["origin"])
+        loaded = build_model(folder, config, model, peft_net, given)
+        loaded.space.origin = tuple(config["origin"])
         if config["centered"]:
-            center_at(model.space, torch.zeros(model.space.size))
-        loaded = build_guide(folder, config, guide, model)
-        _restore(folder, _parts(model, loaded), saved, set(config["frozen"]))
-    return model, loaded
-
-
-def _config(model: RankModel, guide: nn.Module, parts: Parts) -> dict[str, Any]:
-    space, net = model.space, model.base_net
-    made = {
-        "prior": (model.prior, priors),
-        "likelihood": (model.likelihood, likelihoods),
-    }
-    described = {part: describe(*pair) for part, pair in made.items()}
-    described["guide"] = describe(guide, guides)
-    if isinstance(guide, RankDiagonal):
-        described["guide"]["held"] = guide.held
-    versions = {m.__name__: str(m.__version__) for m in (torch, pyro, peft)}
-    tensors = _joined(parts).items()
-    return {
-        "format": FORMAT,
-        "versions": {"lrvd_pyro": __version__, **versions},
-        "model": type(model).__name__,
-        **described,
-        "weight_prior": encode(getattr(model, "weight_prior", None)),
-        "num_data": model.num_data,
-        "adapter": space.adapter,
-        "sides": space.sides,
-        "modules": space.modules,
-        "ranks": space.ranks,
-        "scalings": [layer.scaling[space.adapter] for layer in space.layers],
-        "centered": bool(center_of(space)),
-        "constant_biases": _biases_are_constant(model),
-        "constants": {n: m.scaling[space.adapter] for n, m in space.constants.items()},
-        "use_rslora": live_config(model).use_rslora,
-        "origin": space.origin,
-        "frozen": [name for name, t in tensors if _is_frozen(t)],
-        "base": fingerprint(net, {plain_name(name) for name in parts["net"]}),
-    }
+            center_at(loaded.space, torch.zeros(loaded.space.size))
+        its_guide = build_guide(folder, config, guide, loaded)
+        _restore(folder, _parts(loaded, its_guide), saved, set(config["frozen"]))
+    return loaded, its_guide
 
 
 def _parts(model: RankModel, guide: nn.Module) -> Parts:
     """Every tensor to keep: the objects that train, by part and name."""
     net = model.base_net
     whole = set(net.state_dict(keep_vars=True).values())
-    own = {"prior": model.prior, "likelihood": model.likelihood, "guide": guide}
-    parts = {"net": adapter_state(net, model.space.adapter)}
-    for part, module in own.items():
-        state = (
-            module.state_dict(keep_vars=True) if isinstance(module, nn.Module) else {}
-        )
-        parts[part] = {name: t for name, t in state.items() if t not in whole}
+    parts: Parts = {"net": adapter_state(net, model.space.adapter)}
+    for part in ("prior", "likelihood"):
+        parts[part] = _state(getattr(model, part))
+    parts["guide"] = {n: t for n, t in _state(guide).items() if t not in whole}
+    elsewhere = ("net.", "prior.", "likelihood.")
+    parts["model"] = {
+        name: tensor
+        for name, tensor in _state(model).items()
+        if not name.startswith(elsewhere)
+    }
     return parts
 
 
-def _joined(parts: Parts) -> Tensors:
-    return {f"{part}.{n}": t for part, own in parts.items() for n, t in own.items()}
-
-
-def _split(tensors: Mapping[str, Tensor]) -> Parts:
-    parts: Parts = {"net": {}, "prior": {}, "likelihood": {}, "guide": {}}
-    for name, tensor in tensors.items():
-        part, _, rest = name.partition(".")
-        parts.setdefault(part, {})[rest] = tensor
-    return parts
-
-
-def _biases_are_constant(model: RankModel) -> bool:
-    """Whether `gauge.center` gave the adapter its biases, and no training."""
-    space = model.space
-    return is_frozen_bias(space.layers[0].lora_B[space.adapter])
-
-
-def _is_frozen(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    config = read_json(path)
-    found = config.get("format")
-    if not isinstance(found, int) or found > FORMAT:
-        writer = config.get("versions", {}).get("lrvd_pyro")
-        raise ValueError(
-            f"{path} has format {found!r}, written by lrvd_pyro {writer}; this is "
-            f"{__version__}, which reads {FORMAT} at most: "
-            f"pip install -U lrvd_pyro"
-        )
-    missing = sorted(KEYS - config.keys())
-    if missing or config["model"] not in builtins(models):
-        raise ValueError(
-            f"{path} lacks {missing} or names the model {config.get('model')!r}; "
-            f"expected {sorted(builtins(models))}: write it anew, "
-            f"save(path, model, guide)"
-        )
-    return config
+def _state(module: object) -> Tensors:
+    """The parameters and buffers themselves; of what is not a module, none."""
+    if not isinstance(module, nn.Module):
+        return {}
+    state: Tensors = module.state_dict(keep_vars=True)
+    return state
 
 
 def _read_adapter_config(folder: Path) -> LoraConfig:
@@ -286,7 +210,7 @@ def _read_adapter_config(folder: Path) -> LoraConfig:
 
 def _restore(folder: Path, parts: Parts, saved: Parts, frozen: set[str]) -> None:
     """Let the tensors have the saved values; check all before touching one."""
-    ours, theirs = _joined(parts), _joined(saved)
+    ours, theirs = joined(parts), joined(saved)
     missing, more = ours.keys() - theirs.keys(), theirs.keys() - ours.keys()
     unlike = {
         name: (list(theirs[name].shape), list(tensor.shape))

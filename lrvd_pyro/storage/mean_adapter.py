@@ -1,14 +1,14 @@
 """What each LoRA module is at the posterior mean, in tensors that PEFT has too."""
 
-from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from lrvd_pyro.models.base import RankModel
-from lrvd_pyro.predictive.predictive import posterior_mean
+from lrvd_pyro.inference.programs import Guide
+from lrvd_pyro.models.base import Factors, RankModel
+from lrvd_pyro.predictive.predictive import mean_value
 from lrvd_pyro.rank_space.constant import constant
 
 
@@ -21,20 +21,20 @@ class MeanModule(NamedTuple):
 
 
 def mean_modules(
-    model: RankModel, guide: Callable[..., Any], *, drop: bool
+    model: RankModel, guide: Guide, *, drop: bool
 ) -> dict[str, MeanModule]:
     """For each LoRA module A, scaling B diag(z) and its bias at the posterior mean.
 
     A DoRA module keeps one component, since its magnitude is no part of a rank.
     """
     space = model.space
-    with torch.no_grad(), posterior_mean(model, guide):
-        drawn: Mapping[Any, Any] = space.binding.bank.parts or {}
-        As = drawn.get("lora_A", space.weights("lora_A"))
-        Bs = drawn.get("lora_B", space.weights("lora_B"))
-        gates = drawn.get("gate", [A.new_ones(len(A)) for A in As])
+    space.require_live()
+    with torch.no_grad():
+        factors = model.factors(mean_value(model, guide))
+        _check_factors(model, factors)
         means, dora = {}, space.dora
-        for name, layer, A, B, gate in zip(space.modules, space.layers, As, Bs, gates):
+        for name, layer in zip(space.modules, space.layers):
+            A, B, gate = factors[name]
             scaling = layer.scaling[space.adapter]
             bias = _mean_bias(layer, space.adapter, gate)
             if B.shape[1] != len(gate):  # a grouped convolution: rows of A are ranks
@@ -52,6 +52,24 @@ def mean_modules(
             rows = 0 if drop else 1
             means[name] = MeanModule(A[:rows], B[:, :rows], bias)
     return means
+
+
+def _check_factors(model: RankModel, factors: dict[str, Factors]) -> None:
+    """Raise unless a model's factors are those of its modules, at their shapes."""
+    space = model.space
+    sides = space.weights("lora_A"), space.weights("lora_B")
+    expected = {
+        name: (A.shape, B.shape, (rank,))
+        for name, rank, A, B in zip(space.modules, space.ranks, *sides)
+    }
+    found = {name: tuple(t.shape for t in each) for name, each in factors.items()}
+    if found != expected:
+        name = next(n for n in expected | found if found.get(n) != expected.get(n))
+        raise TypeError(
+            f"{type(model).__name__}.factors gives {name!r} as lora_A, lora_B and gate "
+            f"of the shapes {found.get(name)}; expected {expected.get(name)}, for "
+            f"each of model.space.modules"
+        )
 
 
 def is_nothing(mean: MeanModule) -> bool:

@@ -7,19 +7,20 @@ ever looked up by name, so that a description can be read from a stranger.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from peft import PeftModel
 from pyro import distributions as pyro_distributions
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from lrvd_pyro import distributions, guides
-from lrvd_pyro.guides import RankDiagonal
+from lrvd_pyro import distributions, guides, models
+from lrvd_pyro.guides import RankDiagonal, RankGuide
 from lrvd_pyro.inference.param_store import waits_for_first_call
 from lrvd_pyro.models.base import RankModel
 
@@ -34,7 +35,7 @@ class Unstorable(Exception):
     """An argument that JSON cannot hold; its message is the argument's name."""
 
 
-def describe(thing: Any, home: ModuleType) -> dict[str, Any]:
+def describe(thing: object, home: ModuleType) -> dict[str, Any]:
     """Name and constructor arguments of an object whose class ``home`` may define."""
     if inspect.isroutine(thing):
         return {"name": thing.__name__, "builtin": False, "arguments": {}}
@@ -116,26 +117,55 @@ def build(
         raise _must_pass(folder, part, name, "has an argument with no name") from None
 
 
-def build_weight_prior(folder: Path, config: Mapping[str, Any], given: Any) -> Any:
-    if given is not None:
-        return given
-    try:
-        return decode(config["weight_prior"])
-    except Unstorable as error:
-        reason = "has more than scalar parameters"
-        raise _must_pass(folder, "weight_prior", str(error), reason) from None
+def build_model(
+    folder: Path,
+    config: Mapping[str, Any],
+    make: Callable[..., RankModel] | None,
+    net: PeftModel,
+    given: Mapping[str, Any],
+) -> RankModel:
+    """The model as it was saved, on a network with its adapter.
+
+    Args:
+        folder: Where the config stands, for the messages.
+        config: As `save` writes it.
+        make: The model's class, or a function with its arguments; None takes the name.
+        net: The network.
+        given: Arguments that the folder does not tell, or not alone.
+    """
+    saved = config["model"]
+    make = make or (builtins(models).get(saved["name"]) if saved["builtin"] else None)
+    if make is None:
+        reason = f"is none of {models.__name__}"
+        raise _must_pass(folder, "model", saved["name"], reason)
+    arguments = dict(given)
+    for name, value in saved["arguments"].items():
+        if arguments.get(name) is None:
+            try:
+                arguments[name] = decode(value)
+            except Unstorable as error:
+                reason = "is more than a name and numbers"
+                raise _must_pass(folder, name, str(error), reason) from None
+    model = make(
+        net, num_data=config["num_data"], adapter=config["adapter"], **arguments
+    )
+    _check_name(folder, "model", type(model).__name__, saved["name"])
+    return model
 
 
 def build_guide(
-    folder: Path, config: Mapping[str, Any], make: Any, model: RankModel
-) -> Any:
+    folder: Path,
+    config: Mapping[str, Any],
+    make: Callable[[RankModel], nn.Module] | None,
+    model: RankModel,
+) -> nn.Module:
     saved = config["guide"]
     arguments: dict[str, Any] = {}
     if make is None:
-        make = builtins(guides).get(saved["name"]) if saved["builtin"] else None
-        if make not in (guides.RankDiagonal, guides.TiedDiagonal):
+        found: Any = builtins(guides).get(saved["name"]) if saved["builtin"] else None
+        if found is None or not issubclass(found, RankGuide):
             raise _must_pass(folder, "guide", saved["name"], "has to be made by you")
-        arguments = saved["arguments"]
+        make, arguments = found, saved["arguments"]
     guide = make(model, **arguments)
     _check_name(folder, "guide", type(guide).__name__, saved["name"])
     if waits_for_first_call(guide):
@@ -151,7 +181,8 @@ def build_guide(
 
 def _parameters(cls: Any) -> list[str]:
     """The constructor's parameters that say what the object is."""
-    left_out = {"self", "model", "validate_args"}
+    left_out = {"self", "validate_args", "model", "net", "num_data", "adapter"}
+    left_out |= {"prior", "likelihood"}  # which are described by themselves
     parameters = inspect.signature(cls.__init__).parameters.values()
     named = [
         p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)

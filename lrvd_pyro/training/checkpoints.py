@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from lrvd_pyro.guides.rank_diagonal import RankDiagonal
+from lrvd_pyro.guides.base import RankGuide
 from lrvd_pyro.inference.elbo import RankELBO
 from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.optim import Optimizer
 from lrvd_pyro.selection.removal import select
-from lrvd_pyro.training import tree_file as packed
+from lrvd_pyro.training import tree_file
 from lrvd_pyro.training.optimizer_state import (
     check_optimizer,
     load_optimizer,
@@ -47,7 +48,7 @@ def checkpoint(
     *,
     model: RankModel,
     guide: nn.Module,
-    optimizer: Any,
+    optimizer: Optimizer,
     elbo: RankELBO,
     sampler: Stateful | None = None,
     schedule: Stateful | Sequence[Stateful] | None = None,
@@ -114,7 +115,7 @@ def checkpoint(
         "random": _random_state(),
         "extra": extra,
     }
-    packed.write(Path(path).resolve(), state)
+    tree_file.write(Path(path).resolve(), state)
 
 
 def resume(
@@ -122,7 +123,7 @@ def resume(
     *,
     model: RankModel,
     guide: nn.Module,
-    optimizer: Any,
+    optimizer: Optimizer,
     elbo: RankELBO,
     sampler: Stateful | None = None,
     schedule: Stateful | Sequence[Stateful] | None = None,
@@ -149,7 +150,9 @@ def resume(
     path = Path(path).resolve()
     kinds = _kinds(model, guide, optimizer, elbo, sampler, schedule)
     stored_tensors(model, guide)  # refuses the pair before the file is opened
-    state = packed.read(path)
+    state, version = tree_file.read(path)
+    if version == 1:
+        state = _from_version_1(state)
     _check_kinds(path, state["kinds"], kinds)
     layout = state["layout"]
     with room_for_centers(model, layout):
@@ -164,7 +167,7 @@ def resume(
         if isinstance(sampler, ResumableSampler):
             sampler.check(state["sampler"])
     if not keep.all():
-        select(model, cast(RankDiagonal, guide), keep, optimizer)
+        select(model, cast(RankGuide, guide), optimizer, keep=keep)
     # Nothing below fails.
     model.space.origin = state["ranks"]["origin"]
     with torch.no_grad():
@@ -178,6 +181,24 @@ def resume(
         each.load_state_dict(saved)
     _set_random_state(state["random"])
     return state["extra"]
+
+
+def _from_version_1(state: dict[str, Any]) -> dict[str, Any]:
+    """Up to version 0.1 centers, and gradients of a BalanceSchedule, had other names."""
+
+    def renamed(tensors: dict[str, Any]) -> dict[str, Any]:
+        ends = ".centre", ".center"
+        return {
+            n.removesuffix(ends[0]) + ends[1] if n.endswith(ends[0]) else n: t
+            for n, t in tensors.items()
+        }
+
+    schedules = [
+        {"gradients" if k == "scores" else k: v for k, v in each.items()}
+        for each in state["schedule"]
+    ]
+    named = {name: renamed(state[name]) for name in ("layout", "tensors")}
+    return state | named | {"schedule": schedules}
 
 
 def _listed(schedule: Any) -> list[Stateful]:

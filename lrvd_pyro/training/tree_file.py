@@ -16,7 +16,7 @@ from torch import Tensor
 from lrvd_pyro.storage.atomic import sync
 
 FORMAT = "lrvd_pyro checkpoint"
-VERSION = 1
+VERSION = 2
 
 
 def write(path: Path, tree: Any) -> None:
@@ -46,8 +46,8 @@ def write(path: Path, tree: Any) -> None:
         partial.unlink(missing_ok=True)
 
 
-def read(path: Path) -> Any:
-    """The tree in a file, its tensors on the CPU.
+def read(path: Path) -> tuple[Any, int]:
+    """The tree in a file, its tensors on the CPU, and the version of its format.
 
     Raises:
         FileNotFoundError: If there is no file.
@@ -63,7 +63,7 @@ def read(path: Path) -> Any:
             header = file.metadata() or {}
             _check_format(path, header)
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-        return unpack(json.loads(header["content"]), tensors)
+        return unpack(json.loads(header["content"]), tensors), int(header["version"])
     except (SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise ValueError(
             f"{path} is damaged: {error}; expected the whole file that checkpoint(path,"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lrvd_pyro as lrvd
 from lrvd_pyro import priors
 from lrvd_pyro.diagnostics.arviz import to_arviz
-from lrvd_pyro.guides import RankDiagonal
+from lrvd_pyro.guides import RankDiagonal, TiedDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 from lrvd_pyro.selection.removal import select
 
@@ -89,7 +89,7 @@ def test_pruned_components_are_gone() -> None:
     model, guide = pair()
     keep = torch.ones(14, dtype=torch.bool)
     keep[:3] = False
-    select(model, guide, keep)
+    select(model, guide, keep=keep)
     gate = to_arviz(model, guide, [tokens()], 2)["posterior"]["gate"]
     assert gate["gate_id"].values.tolist()[0] == f"l0.{VALUE}[0]"
     assert gate.shape == (1, 2, 11) and gate["rank"].values[0] == 0
@@ -129,7 +129,7 @@ def test_a_batch_may_exceed_the_training_set() -> None:
 def test_drawn_weights_are_placed_too() -> None:
     model = FactorLoRA(perceptron(), num_data=9, sides=("lora_A", "lora_B"))
     batch = {"x": torch.randn(4, 5), "labels": torch.tensor([0, 1, 2, 0])}
-    data = to_arviz(model, RankDiagonal(model), [batch], 2)
+    data = to_arviz(model, TiedDiagonal(model), [batch], 2)
     factor = data["posterior"]["factor"]
     sizes = {
         (side, module): int(((factor.side == side) & (factor.module == module)).sum())

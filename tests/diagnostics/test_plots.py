@@ -42,7 +42,7 @@ def history(steps: list[int] = STEPS, prune: bool = False) -> RankHistory:
         record.record(step)
         if prune and step == steps[0]:
             keep = torch.arange(model.space.size) >= 2
-            select(model, guide, keep)
+            select(model, guide, keep=keep)
     return record
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from nets import bert, perceptron, tokens
+from pairs import rank_guide
 from pyro.infer import SVI
 
 import lrvd_pyro as lrvd
@@ -18,7 +19,7 @@ def quiet(lr: float = 0.0, **options: Any) -> tuple[Any, ...]:
     """A pair of hardly any noise, its SVI and a schedule."""
     net = bert()
     model = GateLoRA(net, num_data=48)
-    guide = RankDiagonal(model, init_log_alpha=-10.0)
+    guide = rank_guide(model, init_log_alpha=-10.0)
     optim = lrvd.optim.AdamW(lr=lr, variational_lr=lr)
     svi = SVI(model, guide, optim, loss=lrvd.RankELBO())
     schedule = BalanceSchedule(model, guide, optim, **options)
@@ -44,7 +45,7 @@ def test_training_gathers_what_the_one_pass_gathers() -> None:
     svi.step(**batches[0])
     schedule.step()  # balances, the first batch counted twice
     moments = gramians(model, batches, labels="observed")
-    for gram in moments.scores.values():
+    for gram in moments.gradients.values():
         rest = gram - gram.diagonal().diag()
         assert rest.abs().max() < 0.5 * gram.diagonal().max()
 
@@ -70,7 +71,7 @@ def test_it_balances_every_k_steps_and_leaves_the_function() -> None:
 @pytest.mark.parametrize("driver", ["svi", "torch"])
 def test_training_goes_on_through_balancing(driver: str) -> None:
     model = GateLoRA(bert(), num_data=16)
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     elbo, batch = lrvd.RankELBO(), tokens(16)
     optim: Any = lrvd.optim.AdamW(lr=1e-2)
     svi = SVI(model, guide, optim, loss=elbo)
@@ -130,7 +131,7 @@ def test_ranks_pruned_between_balancings_are_forgotten() -> None:
         schedule.step()
     keep = torch.ones(model.space.size, dtype=torch.bool)
     keep[[0, 4, 5, 6, 7]] = False  # the second module goes
-    lrvd.selection.select(model, guide, keep, svi.optim)
+    lrvd.selection.select(model, guide, svi.optim, keep=keep)
     moved = []
     for _ in range(2):
         svi.step(**batch)
@@ -150,8 +151,8 @@ def test_a_compiled_network_gathers_the_same() -> None:
     svi.step(**batch)  # compiled without taps
     schedule = BalanceSchedule(model, guide, svi.optim, every=9, gather_every=1)
     svi.step(**batch)
-    for name, gram in schedule.found().scores.items():
-        torch.testing.assert_close(gram, eager.scores[name], rtol=0.1, atol=1e-3)
+    for name, gram in schedule.found().gradients.items():
+        torch.testing.assert_close(gram, eager.gradients[name], rtol=0.1, atol=1e-3)
 
 
 def test_evaluating_the_loss_is_no_gathering() -> None:
@@ -160,8 +161,8 @@ def test_evaluating_the_loss_is_no_gathering() -> None:
     svi.step(**batch)
     before = schedule.found()
     svi.evaluate_loss(**batch)
-    for name, gram in schedule.found().scores.items():
-        torch.testing.assert_close(gram, before.scores[name])
+    for name, gram in schedule.found().gradients.items():
+        torch.testing.assert_close(gram, before.gradients[name])
 
 
 def test_ranks_pruned_on_the_very_step_of_balancing_are_forgotten() -> None:
@@ -172,7 +173,7 @@ def test_ranks_pruned_on_the_very_step_of_balancing_are_forgotten() -> None:
         if step == 3:
             keep = torch.ones(model.space.size, dtype=torch.bool)
             keep[[4, 5, 6, 7]] = False  # the second module goes
-            lrvd.selection.select(model, guide, keep, svi.optim)
+            lrvd.selection.select(model, guide, svi.optim, keep=keep)
         moved = schedule.step()
         assert bool(moved) == (step == 7)
     assert set(moved or {}) == set(model.space.modules)
@@ -192,7 +193,7 @@ def test_micro_batches_count_once_each() -> None:
 def test_a_priors_own_variances_are_dealt_with_the_noise() -> None:
     net, batch = bert(), tokens(16)
     model = GateLoRA(net, num_data=16, prior=lrvd.priors.ARD())
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     optim = lrvd.optim.AdamW(lr=1e-9, variational_lr=1e-9)
     elbo = lrvd.RankELBO()
     svi = SVI(model, guide, optim, loss=elbo)
@@ -238,11 +239,11 @@ def test_closing_leaves_no_hook() -> None:
 def test_what_cannot_be_balanced_in_training_is_refused() -> None:
     factor = FactorLoRA(perceptron(), num_data=3)
     with pytest.raises(TypeError, match="the gauge is free for gates of mean 1 alone"):
-        BalanceSchedule(factor, RankDiagonal(factor), None)  # type: ignore[arg-type]
+        BalanceSchedule(factor, rank_guide(factor), None)  # type: ignore[arg-type]
     model = GateLoRA(perceptron(), num_data=3)
     with pytest.raises(TypeError, match="learn_mean=True"):
-        BalanceSchedule(model, RankDiagonal(model, learn_mean=True), None)
+        BalanceSchedule(model, rank_guide(model, learn_mean=True), None)
     with pytest.raises(TypeError, match="optimizer is a NoneType"):
-        BalanceSchedule(model, RankDiagonal(model), None)
+        BalanceSchedule(model, rank_guide(model), None)
     with pytest.raises(ValueError, match="every=2, gather_every=4"):
-        BalanceSchedule(model, RankDiagonal(model), None, every=2)
+        BalanceSchedule(model, rank_guide(model), None, every=2)

@@ -70,7 +70,7 @@ def test_both_moments_become_one_diagonal(name: str) -> None:
     after = found(net, [batch])
     for module, t in values.items():
         alive = t > 1e-3 * t[0]
-        for gram in (after.activations[module], after.scores[module]):
+        for gram in (after.activations[module], after.gradients[module]):
             assert off_diagonal(gram[alive][:, alive], t[alive]) < 1e-6
         assert (t.diff() <= 0).all()
 
@@ -100,9 +100,9 @@ def test_activations_scores_and_fisher_are_those_of_autograd() -> None:
     h = x @ a.T
     residual = (y - net(x).squeeze(-1)).detach() / 0.5**2
     g = residual[:, None] * b.squeeze(0)  # d log p / dh; the scaling is 1
-    (name,) = ours.scores
+    (name,) = ours.gradients
     torch.testing.assert_close(ours.activations[name], h.T @ h / 40)
-    torch.testing.assert_close(ours.scores[name], 2 * g.T @ g)
+    torch.testing.assert_close(ours.gradients[name], 2 * g.T @ g)
     torch.testing.assert_close(ours.gate_fisher, 2 * (h * g).square().sum(0))
 
 
@@ -157,13 +157,13 @@ def test_padding_leaves_both_moments() -> None:
         "labels": short["labels"],
     }
     plain, long = (found(net, [b], labels="observed") for b in (short, padded))
-    for name in plain.scores:
+    for name in plain.gradients:
         if "value" in name or "layer.1" in name:  # a padded query still has an output
             torch.testing.assert_close(plain.activations[name], long.activations[name])
-        torch.testing.assert_close(plain.scores[name], long.scores[name])
+        torch.testing.assert_close(plain.gradients[name], long.gradients[name])
     twin = dict(padded, attention_mask=torch.ones(6, 7))
     seen = found(net, [twin], labels="observed")
-    assert (seen.scores[name] - plain.scores[name]).abs().max() > 1e-6
+    assert (seen.gradients[name] - plain.gradients[name]).abs().max() > 1e-6
 
 
 @settings(max_examples=10, deadline=None)
@@ -252,7 +252,7 @@ def test_mixed_precision_and_half_weights_are_balanced() -> None:
     balance(net, found(net, [batch]))
     after = net(**batch).logits.detach()
     assert (after - before).abs().max() <= 0.05 * before.abs().max()
-    assert all(g.dtype == torch.float64 for g in found(net, [batch]).scores.values())
+    assert all(g.dtype == torch.float64 for g in found(net, [batch]).gradients.values())
 
 
 def test_optimizer_state_moves_with_the_basis() -> None:

@@ -65,11 +65,11 @@ def test_what_is_removed_stays_at_its_center(kind: str) -> None:
     center_at(without.space, None)
     assert (outputs(without, keep.to(point), inputs) - at_zero).abs().max() > 1e-5
     gone, modules = model.space.modules[0], len(model.space.modules)
-    select(model, guide, keep)
+    select(model, guide, keep=keep)
     exactly(outputs(model, model.space.ones(), inputs), at_zero)
     exactly(where(model), point[keep])
     assert list(model.space.constants) == [gone]
-    select(model, guide, torch.arange(model.space.size) == 0)
+    select(model, guide, keep=torch.arange(model.space.size) == 0)
     assert len(model.space.constants) == modules - 1
 
 
@@ -80,7 +80,7 @@ def test_what_is_left_behind_does_not_train_and_costs_no_backward_pass() -> None
     svi = SVI(model, guide, lrvd.optim.AdamW(lr=1e-2), loss=lrvd.RankELBO())
     svi.step(**tokens())
     layer = torch.tensor(model.space.coordinates["layer"])
-    select(model, guide, layer == 1, svi.optim)
+    select(model, guide, svi.optim, keep=layer == 1)
     constants = list(model.space.constants.values())
     assert len(constants) == 2
     kept = [m.lora_B["default"].bias.clone() for m in constants]  # type: ignore[union-attr,operator]
@@ -158,9 +158,9 @@ def test_k_components_about_the_mean_are_the_best_affine_update_of_rank_k(
     target = (x @ update.T).detach()
     values = torch.linalg.svdvals(target - target.mean(0))
     moments = found(net, [{"x": x}])
-    for name in moments.scores:  # the exact one: all outputs weigh the same
+    for name in moments.gradients:  # the exact one: all outputs weigh the same
         b = weights(net)[0][1]
-        moments.scores[name] = b.T @ b
+        moments.gradients[name] = b.T @ b
     if about_the_mean:
         center(model, moments)
         moments = moments.centered()
@@ -218,7 +218,7 @@ def test_a_center_that_does_not_fit_is_refused() -> None:
         center(model, found(net, [rows(4, 5)]))
     moments = found(model.base_net, [rows(4, 5)])
     with pytest.raises(ValueError, match="no means, or are centered already; take"):
-        center(model, Gramians(moments.activations, moments.scores))
+        center(model, Gramians(moments.activations, moments.gradients))
     with pytest.raises(ValueError, match="no means, or are centered already; take"):
         moments.centered().centered()
     assert not len(moments.centered().gate_fisher)

@@ -43,7 +43,7 @@ def test_plain_peft_gives_the_logits_of_the_mean(
     net, inputs = NETS[kind]()
     model, _ = centered(net)
     guide = learned(model)
-    select(model, guide, some(model.space))
+    select(model, guide, keep=some(model.space))
     path = lrvd.export_peft(tmp_path / "out", model, guide, mode=mode, probe=inputs)
     if mode != "merged":
         mean = mean_logits(model, guide, inputs)
@@ -55,7 +55,7 @@ def test_a_centered_posterior_comes_back_bit_for_bit(kind: str, tmp_path: Path) 
     net, inputs = NETS[kind]()
     model, _ = centered(net)
     guide = learned(model)
-    select(model, guide, some(model.space))
+    select(model, guide, keep=some(model.space))
     path = lrvd.save(tmp_path / "run", model, guide)
     pair = lrvd.load(path, fresh(net))
     same_predictions((model, guide), pair, inputs)
@@ -90,7 +90,7 @@ def test_a_killed_run_goes_on_with_centers_and_biases(
 
     run = begun(about_a_center=True)
     step(run)
-    select(run["model"], run["guide"], some(run["model"].space), run["optimizer"])
+    select(run["model"], run["guide"], run["optimizer"], keep=some(run["model"].space))
     path = tmp_path / "run.safetensors"
     lrvd.checkpoint(path, **run)
     expected = [step(run), step(run)]
@@ -109,7 +109,7 @@ def test_center_and_bias_stay_frozen_whatever_peft_switches() -> None:
     net = bert()
     model, _ = centered(net)
     guide = RankDiagonal(model)
-    select(model, guide, torch.tensor(model.space.coordinates["layer"]) == 1)
+    select(model, guide, keep=torch.tensor(model.space.coordinates["layer"]) == 1)
     named = [name for name, _ in net.named_parameters()]
     with net.disable_adapter():
         net(**tokens())
@@ -147,7 +147,7 @@ def test_biases_of_0_beside_others_are_kept_and_come_back(
     net, inputs = bert(), tokens(4, labels=False)
     model, _ = centered(net)
     guide = learned(model)
-    select(model, guide, torch.arange(16) < left)
+    select(model, guide, keep=torch.arange(16) < left)
     center(model, None)
     pair = lrvd.load(lrvd.save(tmp_path / "run", model, guide), fresh(net))
     same_predictions((model, guide), pair, inputs)
@@ -160,7 +160,7 @@ def test_constants_come_back_in_half_precision(
     net, inputs = bert().to(dtype), tokens(4, labels=False)
     model, _ = centered(net)
     guide = learned(model)
-    select(model, guide, some(model.space))
+    select(model, guide, keep=some(model.space))
     path = lrvd.save(tmp_path / "run", model, guide)
     pair = lrvd.load(path, fresh(net).to(dtype))
     same_predictions((model, guide), pair, inputs)
@@ -170,7 +170,7 @@ def test_files_of_pefts_own_have_what_freed_layers_leave(tmp_path: Path) -> None
     net, inputs = bert(), tokens(4, labels=False)
     model, _ = centered(net)
     layer = torch.tensor(model.space.coordinates["layer"])
-    select(model, RankDiagonal(model), layer == 1)
+    select(model, RankDiagonal(model), keep=layer == 1)
     with pytest.warns(UserWarning, match="have invalid shape"):  # PEFT of any bias
         net.save_pretrained(str(tmp_path / "run"))
     with pytest.warns(UserWarning, match="missing adapter keys"):  # of the zeros
@@ -223,9 +223,9 @@ def test_merging_takes_a_bias_where_the_layer_has_one() -> None:
     guide, inputs = RankDiagonal(model), {"x": torch.randn(4, 3, 6, 6)}
     exactly(merge(model, guide)(**inputs), mean_logits(model, guide, inputs))
     keep = torch.arange(8) >= 4  # a bias alone is left of the convolution
-    select(model, guide, keep)
+    select(model, guide, keep=keep)
     exactly(merge(model, guide)(**inputs), mean_logits(model, guide, inputs))
-    select(model, guide, torch.tensor([False, True, True, True]))
+    select(model, guide, keep=torch.tensor([False, True, True, True]))
     with pytest.raises(
         ValueError, match="bias in 'second', whose layer has none.*prune"
     ):

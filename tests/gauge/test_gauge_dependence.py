@@ -201,10 +201,14 @@ def test_the_best_gauge_is_the_svd_of_the_whitened_update(objective: Objective) 
     assert least[best] <= float(objective(rotated(torch.eye(R)))) + 1e-6
 
 
-def vector_labels(predictions: Tensor, labels: Tensor | None, num_data: int) -> None:
+class VectorNormal(lrvd.likelihoods.Normal):
     """Gaussian labels of several dimensions, of known noise."""
-    with data_plate(len(predictions), labels, num_data):
-        pyro.sample("labels", dist.Normal(predictions, SD).to_event(1), obs=labels)
+
+    def forward(
+        self, predictions: Tensor, labels: Tensor | None, num_data: int
+    ) -> None:
+        with data_plate(len(predictions), labels, num_data):
+            pyro.sample("labels", dist.Normal(predictions, SD).to_event(1), obs=labels)
 
 
 def fitted(prior: Any, factors: Factors) -> tuple[Tensor, float, float]:
@@ -217,8 +221,7 @@ def fitted(prior: Any, factors: Factors) -> tuple[Tensor, float, float]:
             side.default.weight.copy_(weight)
             side.default.weight.requires_grad_(False)
         assert torch.allclose(net(X), CLEAN)  # in every gauge
-    likelihood: Any = vector_labels
-    model = GateLoRA(net, prior=prior, likelihood=likelihood, num_data=N)
+    model = GateLoRA(net, prior=prior, likelihood=VectorNormal(), num_data=N)
     guide = RankDiagonal(model)
     elbo = lrvd.RankELBO()
     passed = []

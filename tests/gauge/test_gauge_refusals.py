@@ -8,6 +8,7 @@ from gauges import found, rows, weights
 from nets import GROUPED, grouped, lora, perceptron
 from torch import Tensor
 
+import lrvd_pyro as lrvd
 from lrvd_pyro.gauge import balance, gramians
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 
@@ -38,7 +39,9 @@ def test_what_gramians_cannot_use_is_refused_by_name() -> None:
         gramians(model, [batch], gates="half")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has no labels"):
         gramians(model, [batch], labels="observed")
-    with pytest.raises(TypeError, match="gates are what the gauge is of"):
+    with pytest.raises(
+        TypeError, match="which binds weights; the gauge is defined only"
+    ):
         gramians(FactorLoRA(perceptron(), num_data=3), [batch])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="one draw for the whole batch"):
         gramians(GateLoRA(perceptron(use_dora=True), num_data=3), [batch])
@@ -72,10 +75,11 @@ def test_scores_that_are_not_finite_are_refused() -> None:
 
 
 def test_a_likelihood_that_cannot_sample_is_refused() -> None:
-    def likelihood(predictions: Tensor, labels: Tensor | None, num_data: int) -> None:
-        raise NotImplementedError
+    class Silent(lrvd.likelihoods.Categorical):
+        def __call__(self, *_: Any) -> None:
+            raise NotImplementedError
 
-    model: Any = GateLoRA(perceptron(), num_data=20, likelihood=likelihood)  # type: ignore[arg-type]
+    model: Any = GateLoRA(perceptron(), num_data=20, likelihood=Silent())
     with pytest.raises(ValueError, match="draws no site 'labels'"):
         gramians(model, [rows(20, 5)])
 

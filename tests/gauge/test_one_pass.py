@@ -124,7 +124,7 @@ def test_a_lora_from_disk_becomes_a_posterior(tmp_path: Path) -> None:
     torch.testing.assert_close(guide.log_alpha, log_alpha, rtol=1e-2, atol=1e-2)
     for name, t in hankel_values(moments).items():
         alive = t > 1e-2 * t[0]
-        both = moments.scores[name], moments.activations[name]
+        both = moments.gradients[name], moments.activations[name]
         own = (both[0].diagonal() * both[1].diagonal()).sqrt()
         torch.testing.assert_close(own[alive], t[alive], rtol=1e-3, atol=0)
 

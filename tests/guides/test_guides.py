@@ -8,12 +8,13 @@ import pytest
 import torch
 from families import PRIORS
 from nets import bert, regression, tokens
+from pairs import rank_guide
 from pyro import distributions as dist
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 import lrvd_pyro as lrvd
-from lrvd_pyro.guides import RankDiagonal
+from lrvd_pyro.guides import RankDiagonal, TiedDiagonal
 from lrvd_pyro.inference.per_example import PerExample
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 from lrvd_pyro.priors.hierarchical import Horseshoe
@@ -27,7 +28,8 @@ def test_extra_parameters_are_r_or_2r(
     family: Any, learn_mean: bool, count: int
 ) -> None:
     model = family(bert(), num_data=60)
-    guide = RankDiagonal(model, learn_mean=learn_mean)
+    options = {"learn_mean": True} if learn_mean else {}
+    guide = rank_guide(model, **options)
     assert sum(p.numel() for p in guide.parameters()) == count * model.space.size
 
 
@@ -38,7 +40,7 @@ def test_log_alpha_starts_where_it_is_told(sides: Any) -> None:
     if sides:
         model.space.close()
         model = FactorLoRA(net, num_data=60, sides=sides)
-    guide = RankDiagonal(model, init_log_alpha=-2.0)
+    guide = rank_guide(model, init_log_alpha=-2.0)
     torch.testing.assert_close(guide.log_alpha, torch.full((16,), -2.0))
     assert float(guide.effective_rank) == pytest.approx(16 / (1 + math.exp(-2)))
     ranks = guide.effective_ranks
@@ -48,7 +50,7 @@ def test_log_alpha_starts_where_it_is_told(sides: Any) -> None:
 
 def test_log_alpha_is_noise_over_signal_of_each_row() -> None:
     net = regression(features=5, r=3)
-    guide = RankDiagonal(FactorLoRA(net, num_data=9))
+    guide = TiedDiagonal(FactorLoRA(net, num_data=9))
     A = net.base_model.model.linear.lora_A.default.weight.detach()
     expected = guide.log_variance.detach() + math.log(5) - A.square().sum(1).log()
     torch.testing.assert_close(guide.log_alpha, expected)
@@ -78,7 +80,7 @@ def test_a_bound_is_a_wall_and_no_trap() -> None:
 def test_kl_of_a_batch_does_not_grow_with_it() -> None:
     """The KL of parameters that the draw does not change is computed once."""
     model = FactorLoRA(bert(), num_data=60)
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     terms = []
     for size in (1, 6):
         elbo = lrvd.RankELBO()
@@ -104,8 +106,11 @@ def test_a_site_that_is_neither_real_nor_positive_is_refused() -> None:
 def test_other_models_and_learned_weights_are_refused() -> None:
     with pytest.raises(TypeError, match="model is a PeftModel.*; RankDiagonal guides"):
         RankDiagonal(bert())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="learn_mean=True with FactorLoRA"):
-        RankDiagonal(FactorLoRA(bert(), num_data=60), learn_mean=True)
+    factor, gate = FactorLoRA(bert(), num_data=60), GateLoRA(bert(), num_data=60)
+    with pytest.raises(TypeError, match=r"FactorLoRA takes guides.TiedDiagonal\(mod"):
+        RankDiagonal(factor)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"GateLoRA takes guides.RankDiagonal\(model"):
+        TiedDiagonal(gate)  # type: ignore[arg-type]
 
 
 LEARN = pytest.mark.parametrize("learn_mean", [False, True])

@@ -118,7 +118,7 @@ def draws(model: GateLoRA, count: int = 7) -> Tensor:
 def upper_only(model: GateLoRA) -> GateLoRA:
     """Prune every LoRA layer but those of the last block."""
     blocks = torch.tensor(model.space.coordinates["layer"])
-    select(model, RankDiagonal(model), blocks == blocks.max())
+    select(model, RankDiagonal(model), keep=blocks == blocks.max())
     return model
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import nets
 import torch
+from pairs import rank_guide
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ def fresh(net: PeftModel) -> Any:
 
 def perturbed(model: Any, guide: Any = None) -> Any:
     """Every parameter that trains moved away from where it starts."""
-    guide = guide or RankDiagonal(model)
+    guide = guide or rank_guide(model)
     with torch.no_grad():
         for p in [*model.parameters(), *guide.parameters()]:
             if p.requires_grad:
@@ -35,7 +36,7 @@ def perturbed(model: Any, guide: Any = None) -> Any:
 
 def learned(model: Any) -> RankDiagonal:
     """A guide whose means are not 1, every third of them 0."""
-    guide = RankDiagonal(model, learn_mean=True)
+    guide = rank_guide(model, learn_mean=True)
     assert guide.loc is not None
     with torch.no_grad():
         guide.loc.copy_(torch.randn(len(guide.loc)))

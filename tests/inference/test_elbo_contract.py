@@ -9,6 +9,7 @@ import pyro
 import pytest
 import torch
 from nets import bert, tokens
+from pairs import rank_guide
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import SVI
@@ -22,7 +23,6 @@ from toys import (
 )
 
 import lrvd_pyro as lrvd
-from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 
 
@@ -90,7 +90,7 @@ def test_noise_switched_off_is_said_at_the_first_step() -> None:
 
 def test_nan_is_named_with_step_and_term_and_nothing_is_lost() -> None:
     model = GateLoRA(bert(), num_data=60)
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     svi = SVI(model, guide, lrvd.optim.AdamW(), loss=lrvd.RankELBO())
     batch = tokens()
     svi.step(**batch)
@@ -109,7 +109,7 @@ def test_nan_is_named_with_step_and_term_and_nothing_is_lost() -> None:
 
 def test_check_names_the_term_in_the_torch_driver() -> None:
     model = GateLoRA(bert(), num_data=60)
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     with torch.no_grad():
         guide.log_variance[0] = math.nan
     elbo = lrvd.RankELBO()
@@ -138,13 +138,13 @@ def test_training_without_labels_is_refused() -> None:
     with pytest.raises(
         ValueError, match=r"\['gate', 'labels'\].*give the batch its lab"
     ):
-        lrvd.RankELBO().loss(model, RankDiagonal(model), **tokens(labels=False))
+        lrvd.RankELBO().loss(model, rank_guide(model), **tokens(labels=False))
 
 
 def test_local_parameters_of_pyro_work_with_a_torch_optimizer() -> None:
     with pyro.settings.context(module_local_params=True):
         model = GateLoRA(bert(), num_data=60)
-        guide = RankDiagonal(model)
+        guide = rank_guide(model)
         loss = lrvd.RankELBO()(model, guide)
         loss(**tokens()).backward()
         assert guide.log_variance.grad.abs().sum() > 0
@@ -186,7 +186,7 @@ def test_a_guide_without_its_event_dimension_is_refused() -> None:
 
 def test_a_guide_of_another_network_is_told_apart() -> None:
     model = FactorLoRA(bert(), num_data=60)
-    guide = RankDiagonal(FactorLoRA(bert(), num_data=60))
+    guide = rank_guide(FactorLoRA(bert(), num_data=60))
     elbo = lrvd.RankELBO()
     with pytest.warns(
         UserWarning, match="model's parameters .*lora_A.* stay as they are"

@@ -6,6 +6,7 @@ import pyro
 import pytest
 import torch
 from nets import bert, tokens
+from pairs import rank_guide
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_value
@@ -48,7 +49,7 @@ def auto_normal(model: Any) -> AutoNormal:
 @NOISE
 @MODELS
 def test_the_closed_form_counts_w_times(family: Any, noise: Any) -> None:
-    for make in (RankDiagonal, auto_normal):
+    for make in (rank_guide, auto_normal):
         single, eightfold = (
             terms_of(model, make(model), noise)
             for model in (model_of(family, 1.0), model_of(family, W))
@@ -79,10 +80,10 @@ def joint_equal(model: Any, diagonal: RankDiagonal) -> tuple[Any, Any]:
 @MODELS
 def test_monte_carlo_counts_w_times(family: Any, noise: Any) -> None:
     single, eightfold = model_of(family, 1.0), model_of(family, W)
-    exact = float(terms_of(single, RankDiagonal(single), noise)["kl"]["total"])
+    exact = float(terms_of(single, rank_guide(single), noise)["kl"]["total"])
     found = {}
     for model in (single, eightfold):
-        prior, guide = joint_equal(model, RankDiagonal(model))
+        prior, guide = joint_equal(model, rank_guide(model))
         elbo = lrvd.RankELBO(noise=noise)
         draws = []
         for _ in range(400):
@@ -109,7 +110,7 @@ def test_log_densities_and_draws_do_not_change(family: Any) -> None:
     drawn = []
     for model in (single, eightfold):
         torch.manual_seed(3)
-        drawn.append(RankDiagonal(model)())
+        drawn.append(rank_guide(model)())
     torch.testing.assert_close(drawn[0], drawn[1])
 
 

@@ -9,6 +9,7 @@ import nets
 import pyro
 import pytest
 import torch
+from pairs import rank_guide
 from peft import PeftModel
 from pyro import distributions as dist
 from pyro import poutine
@@ -18,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertForSequenceClassification
 
 from lrvd_pyro import RankELBO, priors
-from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.inference.kl import latent_sites
 from lrvd_pyro.likelihoods.categorical import Categorical
 from lrvd_pyro.models import FactorLoRA, GateLoRA
@@ -97,7 +97,7 @@ def lora_step(net: PeftModel, batch: dict[str, Tensor]) -> Step:
 
 
 def torch_step(model: Any, batch: dict[str, Tensor]) -> Step:
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     loss = RankELBO()(model, guide)
     optim = torch.optim.AdamW(parameter_groups(model, guide), fused=True)
 
@@ -110,7 +110,7 @@ def torch_step(model: Any, batch: dict[str, Tensor]) -> Step:
 
 
 def svi_step(model: Any, batch: dict[str, Tensor]) -> Step:
-    svi = SVI(model, RankDiagonal(model), AdamW(), loss=RankELBO())
+    svi = SVI(model, rank_guide(model), AdamW(), loss=RankELBO())
     return lambda: svi.step(**batch)
 
 
@@ -179,7 +179,7 @@ def test_sites_do_not_grow_with_the_modules(family: Family) -> None:
     counts = []
     for layers in (1, 3):
         model, batch = family(net_of(layers)), nets.tokens()
-        drawn = poutine.trace(RankDiagonal(model)).get_trace(**batch)
+        drawn = poutine.trace(rank_guide(model)).get_trace(**batch)
         run = poutine.trace(poutine.replay(model, trace=drawn)).get_trace(**batch)
         nodes: list[Any] = [*drawn.nodes.values(), *run.nodes.values()]
         counts.append(sum(site["type"] == "sample" for site in nodes))
@@ -214,7 +214,7 @@ def test_the_backward_pass_keeps_two_per_cent_more_than_loras(
     batch = nets.tokens(16, length=64)
     net, model = net_of(2), family(net_of(2))
     plain = bytes_kept(lambda: net(**batch).loss, net)
-    loss = RankELBO()(model, RankDiagonal(model))
+    loss = RankELBO()(model, rank_guide(model))
     loss(**batch)
     kept = bytes_kept(lambda: loss(**batch), model)
     assert plain < kept <= 1.02 * plain

@@ -6,13 +6,13 @@ import pyro
 import pytest
 import torch
 from nets import bert, perceptron, regression, tokens
+from pairs import rank_guide
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import SVI
 from torch import Tensor
 
 import lrvd_pyro as lrvd
-from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.likelihoods.normal import Normal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 
@@ -29,7 +29,7 @@ def test_with_b_zero_the_network_is_the_base_bit_for_bit(
     with torch.no_grad(), net.disable_adapter():
         base = net(**batch).logits
     model = family(net, num_data=60)
-    guide = RankDiagonal(model, init_log_alpha=2.0)
+    guide = rank_guide(model, init_log_alpha=2.0)
     with torch.no_grad():
         assert torch.equal(net(**batch).logits, base)
         with lrvd.posterior_sample(model, guide, seed=1) as bound:
@@ -45,7 +45,7 @@ def test_with_noise_on_b_the_base_is_kept_at_the_posterior_mean_only() -> None:
     batch = tokens(labels=False)
     base = net(**batch).logits
     model = FactorLoRA(net, num_data=60, sides=("lora_A", "lora_B"))
-    guide = RankDiagonal(model, init_log_alpha=2.0)
+    guide = rank_guide(model, init_log_alpha=2.0)
     with lrvd.posterior_mean(model, guide):
         assert torch.equal(net(**batch).logits, base)
     with lrvd.posterior_sample(model, guide, seed=1):
@@ -58,7 +58,7 @@ def test_gate_noise_has_covariance_b_diag_alpha_ax2_bt() -> None:
     A, B = layer.lora_A.default.weight, layer.lora_B.default.weight
     x = torch.randn(1, 5)
     model = GateLoRA(net, num_data=10)
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     with torch.no_grad():
         guide.log_variance.copy_(torch.tensor([-1.0, 0.0, 1.0]))
         A /= (A @ x[0]).norm()  # so that the covariance is large beside atol
@@ -84,7 +84,7 @@ def test_gate_noise_has_covariance_b_diag_alpha_ax2_bt() -> None:
 def test_rows_of_a_take_gaussian_noise_with_one_scale_per_rank() -> None:
     net = regression(features=5, r=3)
     model = FactorLoRA(net, num_data=10)
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     with torch.no_grad():
         guide.log_variance.copy_(torch.tensor([-2.0, 0.0, 1.0]))
     draws = torch.stack([guide()["factor"] for _ in range(4000)]).view(-1, 3, 5)
@@ -121,7 +121,7 @@ def test_svi_recovers_the_conjugate_posterior() -> None:
         )
 
     model = GateLoRA(net, prior=prior, likelihood=noise, num_data=40)
-    guide = RankDiagonal(model, learn_mean=True)
+    guide = rank_guide(model, learn_mean=True)
     optim = lrvd.optim.AdamW(variational_lr=0.05, schedule=lambda s: 0.998**s)
     svi = SVI(model, guide, optim, loss=lrvd.RankELBO(num_particles=2))
     for _ in range(1500):

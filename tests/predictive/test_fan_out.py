@@ -6,11 +6,11 @@ import pytest
 import torch
 from blocks import LAYERS, NETS, counted, draws, model_of, padded, upper_only
 from nets import CLASSES, bert_config, conv, lora, multiple_choice, perceptron, tokens
+from pairs import rank_guide
 from torch import nn
 from transformers import BertForSequenceClassification
 
 import lrvd_pyro as lrvd
-from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 from lrvd_pyro.predictive.fan_out import fanned_out, looped
 
@@ -48,7 +48,7 @@ def test_it_equals_the_loop_after_pruning_the_lower_blocks(
 @pytest.mark.parametrize("build", NETS)
 def test_predict_takes_it_without_a_warning(build: Any) -> None:
     model, batch = upper_only(model_of(build)), padded()
-    guide = RankDiagonal(model, init_log_alpha=0.0)
+    guide = rank_guide(model, init_log_alpha=0.0)
     passes = counted(model.base_net.get_base_model())
     p = lrvd.predict(model, guide, [batch], 8, max_batch=20, return_samples=True)
     trial = 3 + 2 + 2  # plain, and two draws below one another, twice
@@ -101,7 +101,7 @@ def test_draws_for_a_whole_batch_share_the_prefix_and_no_pass(kind: str) -> None
         task_type="SEQ_CLS",
     )
     model: Any = (FactorLoRA if kind == "factor" else GateLoRA)(net, num_data=60)
-    guide = RankDiagonal(model, init_log_alpha=0.0)
+    guide = rank_guide(model, init_log_alpha=0.0)
     lower = net.base_model.model.bert.encoder.layer[0].attention
     passes, batch = counted(lower), tokens(labels=False)
     p = lrvd.predict(model, guide, [batch], 8, return_samples=True)

@@ -6,6 +6,7 @@ import pyro
 import pytest
 import torch
 from nets import bert, lora, regression, tokens
+from pairs import rank_guide
 from pyro import distributions as dist
 from pyro.infer import Predictive
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
@@ -21,13 +22,13 @@ from lrvd_pyro.models import FactorLoRA, GateLoRA
 @pytest.fixture(params=[GateLoRA, FactorLoRA])
 def pair(request: Any) -> Any:
     model = request.param(bert(), num_data=60)
-    return model, RankDiagonal(model, init_log_alpha=1.0)
+    return model, rank_guide(model, init_log_alpha=1.0)
 
 
 def test_it_agrees_with_pyros_predictive_at_equal_draws(pair: Any) -> None:
     model, guide = pair
     batch = tokens(labels=False)
-    site = "factor" if model.space.sides else "gate"
+    (site,) = model.latent_sites()
     sites = (site, "_RETURN")
     drawn = Predictive(model, guide=guide, num_samples=7, return_sites=sites)(**batch)
     ours = lrvd.predict(

@@ -74,7 +74,7 @@ def test_an_adapter_deleted_and_added_again_is_refused() -> None:
     net.add_adapter("default", config)
     net.set_adapter("default")
     refused(
-        space, "'default' was replaced, or its RankSpace closed.*build the model anew"
+        space, "'default' was replaced, or its RankSpace closed.*make the model again"
     )
 
 
@@ -82,7 +82,7 @@ def test_an_unloaded_adapter_is_refused() -> None:
     net = nets.perceptron()
     space = RankSpace(net)
     net.unload()
-    refused(space, "'default' was unloaded from the network.*build the model anew")
+    refused(space, "'default' was unloaded from the network.*make the model again")
 
 
 def test_doras_cache_of_weight_norms_is_refused() -> None:

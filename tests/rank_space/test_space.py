@@ -108,7 +108,7 @@ def test_closing_leaves_no_trace_and_draws_are_refused_from_then_on() -> None:
     after = (repr(net), hooks(net), list(net.state_dict()), net(x))
     assert after[:3] == before[:3]
     close(after[3], before[3], rtol=0, atol=0)
-    refused(space, "its RankSpace closed, in 'hidden'.*build the model anew")
+    refused(space, "its RankSpace closed, in 'hidden'.*make the model again")
 
 
 def test_closing_one_space_leaves_the_other_ones_hooks() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import nets
 import pytest
 import torch
+from pairs import rank_guide
 from pyro import distributions as dist
 from pyro.infer.autoguide import AutoNormal
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ close = torch.testing.assert_close
 def noisy(log_alpha: Tensor, prior: Any = None) -> tuple[GateLoRA, RankDiagonal]:
     """A pair with these log alphas; positive gates have log(e^v - 1)."""
     model = GateLoRA(nets.perceptron(), num_data=60, prior=prior)
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     alpha = log_alpha.exp()
     variance = alpha if prior is None else alpha.log1p()
     with torch.no_grad():
@@ -59,7 +60,7 @@ def test_if_everything_would_go_a_diagnosis_says_why_and_nothing_changes(
     family: Any, criterion: Any
 ) -> None:
     model = family(nets.bert(), num_data=60)
-    guide = RankDiagonal(model, init_log_alpha=4.0)
+    guide = rank_guide(model, init_log_alpha=4.0)
     modules = [p.detach().clone() for p in [*model.parameters(), *guide.parameters()]]
     message = r"all 16 rank components .* 4.00 and 4.00, .*num_data=60.*linear_warmup"
     with pytest.raises(ValueError, match=message):
@@ -98,7 +99,7 @@ class Linear:
         left, right = (torch.linalg.qr(torch.randn(n, 3))[0] for n in (3, 4))
         self.teacher = left * torch.tensor([2.0, 0.5, 0.15]) @ right.T
         self.model = family(nets.regression(4, 3, 3), num_data=self.N, **options)
-        self.guide = RankDiagonal(self.model)
+        self.guide = rank_guide(self.model)
         self.kl_weight = kl_weight
         (self.A,) = self.model.space.weights("lora_A")
         (self.B,) = self.model.space.weights("lora_B")
@@ -206,12 +207,12 @@ def test_gates_without_noise_of_their_own_have_no_cost(
 ) -> None:
     model = GateLoRA(nets.perceptron(), num_data=60, prior=prior)
     with pytest.raises(TypeError, match=message):
-        removal_cost(model, RankDiagonal(model))
+        removal_cost(model, rank_guide(model))
 
 
 def test_scales_above_a_gate_are_averaged_over() -> None:
     model = GateLoRA(nets.perceptron(), num_data=60, prior=priors.Hierarchical())
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     cost = removal_cost(model, guide)
     assert cost.shape == (8,) and (cost > 0).all()
     state = torch.random.get_rng_state()

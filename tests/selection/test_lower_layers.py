@@ -39,7 +39,7 @@ def sizes(model: GateLoRA, *shares: float) -> dict[str, Tensor]:
 def test_the_lowest_layers_go_that_hold_at_most_the_share(share, freed):
     model, guide = pair()
     keep = free_lower_layers(
-        model, guide, sizes(model, 0.1, 0.2, 0.3, 0.4), share=share
+        model, guide, hankel_values=sizes(model, 0.1, 0.2, 0.3, 0.4), share=share
     )
     assert keep.tolist() == [i >= 8 * freed for i in range(8 * LAYERS)]
     assert min(model.space.coordinates["layer"]) == freed
@@ -48,21 +48,25 @@ def test_the_lowest_layers_go_that_hold_at_most_the_share(share, freed):
 def test_a_given_number_of_layers_goes_whatever_they_hold():
     model, guide = pair()
     for layers, left in ((0, 4), (2, 2), (1, 1)):
-        free_lower_layers(model, guide, None, layers=layers)
+        free_lower_layers(model, guide, layers=layers)
         assert len(set(model.space.coordinates["layer"])) == left
     for wrong in (-1, 0.5, 1):
         with pytest.raises(ValueError, match="expected 0 to 0: 1 layers have ranks"):
-            free_lower_layers(model, guide, None, layers=wrong)  # type: ignore[arg-type]
+            free_lower_layers(model, guide, layers=wrong)  # type: ignore[arg-type]
 
 
 def test_a_small_layer_above_a_large_one_stays():
     model, guide = pair()
-    assert free_lower_layers(model, guide, sizes(model, 0.5, 0.01, 0.01, 0.48)).all()
+    assert free_lower_layers(
+        model, guide, hankel_values=sizes(model, 0.5, 0.01, 0.01, 0.48)
+    ).all()
 
 
 def test_the_highest_layer_stays_though_it_holds_nothing():
     model, guide = pair()
-    free_lower_layers(model, guide, sizes(model, 0.0, 0.0, 0.0, 0.0) | top(model))
+    free_lower_layers(
+        model, guide, hankel_values=sizes(model, 0.0, 0.0, 0.0, 0.0) | top(model)
+    )
     assert set(model.space.coordinates["layer"]) == {LAYERS - 1}
 
 
@@ -76,7 +80,7 @@ def test_a_module_without_a_layer_number_stays():
     found = {name: torch.full((4,), 1e-6) for name in model.space.modules}
     pooler = next(name for name in found if "pooler" in name)
     found[pooler] = torch.ones(4)
-    free_lower_layers(model, guide, found)
+    free_lower_layers(model, guide, hankel_values=found)
     assert model.space.modules == (pooler,)
 
 
@@ -87,7 +91,7 @@ def test_freed_layers_save_nothing_and_the_function_is_that_of_gates_at_0():
     with torch.no_grad(), model.space.bind(gate.double()):
         expected = model.base_net(**batch).logits
     before = saved_in(model, batch)
-    free_lower_layers(model, guide, sizes(model, 0.1, 0.1, 0.4, 0.4))
+    free_lower_layers(model, guide, hankel_values=sizes(model, 0.1, 0.1, 0.4, 0.4))
     torch.testing.assert_close(model.base_net(**batch).logits, expected)
     assert [n > 0 for n in before] == [True] * LAYERS
     assert [n > 0 for n in saved_in(model, batch)] == [False, False, True, True]
@@ -130,7 +134,7 @@ def test_training_goes_on_in_the_layers_that_stay():
     assert not model._forward_pre_hooks
     lower = [t.square().sum() for t in found.values()][: 2 * (LAYERS - 1)]
     share = float(sum(lower) / sum(t.square().sum() for t in found.values()))
-    free_lower_layers(model, guide, found, optim, share=share + 1e-6)
+    free_lower_layers(model, guide, optim, hankel_values=found, share=share + 1e-6)
     weights = [*model.space.weights("lora_A"), *model.space.weights("lora_B")]
     before = [w.detach().clone() for w in weights]
     for batch in batches:
@@ -143,7 +147,9 @@ def test_training_goes_on_in_the_layers_that_stay():
 def test_a_share_out_of_range_is_refused(share):
     model, guide = pair()
     with pytest.raises(ValueError, match=r"share=.*expected a number from 0 to below"):
-        free_lower_layers(model, guide, sizes(model, 1, 1, 1, 1), share=share)
+        free_lower_layers(
+            model, guide, hankel_values=sizes(model, 1, 1, 1, 1), share=share
+        )
 
 
 def test_values_of_other_ranks_are_refused():
@@ -151,7 +157,7 @@ def test_values_of_other_ranks_are_refused():
     values = sizes(model, 1, 1, 1, 1)
     values[model.space.modules[0]] = torch.ones(3)
     with pytest.raises(ValueError, match="other LoRA modules or ranks"):
-        free_lower_layers(model, guide, values)
+        free_lower_layers(model, guide, hankel_values=values)
 
 
 def test_an_adapter_that_has_not_trained_is_refused():
@@ -159,7 +165,7 @@ def test_an_adapter_that_has_not_trained_is_refused():
     found = hankel_values(gramians(model, [nets.tokens()]))
     for values in (found, {name: t * torch.nan for name, t in found.items()}):
         with pytest.raises(ValueError, match="no module's B has moved yet; train"):
-            free_lower_layers(model, guide, values)
+            free_lower_layers(model, guide, hankel_values=values)
     assert len(model.space.modules) == 2 * LAYERS
 
 
@@ -167,10 +173,10 @@ def test_moments_in_place_of_their_values_are_refused():
     model, guide = pair()
     moments: Any = gramians(model, [nets.tokens()])
     with pytest.raises(TypeError, match="got Gramians; expected t by module"):
-        free_lower_layers(model, guide, moments)
+        free_lower_layers(model, guide, hankel_values=moments)
 
 
 def test_dora_is_refused():
     model, guide = pair(use_dora=True)
     with pytest.raises(TypeError, match="cannot be left without a rank"):
-        free_lower_layers(model, guide, sizes(model, 1, 1, 1, 1))
+        free_lower_layers(model, guide, hankel_values=sizes(model, 1, 1, 1, 1))

@@ -10,13 +10,13 @@ import pyro
 import pytest
 import torch
 from nets import tokens
+from pairs import rank_guide
 from pruned import PAIR, some
 from pyro.infer import SVI
 from torch import Tensor, nn
 
 import lrvd_pyro as lrvd
 from lrvd_pyro import priors
-from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 from lrvd_pyro.rank_space.removal import replace_data
 from lrvd_pyro.selection.removal import select
@@ -42,7 +42,7 @@ def small_copy(model: Any, guide: Any, fresh: Callable[[], Any]) -> tuple[Any, A
         {k if k in known else k.replace(".base_layer", ""): v for k, v in state}
     )
     small = type(model)(net, num_data=60, **fresh())
-    twin = RankDiagonal(small)
+    twin = rank_guide(small)
     twin.load_state_dict(guide.state_dict())
     if isinstance(model.prior, nn.Module):
         small.prior.load_state_dict(model.prior.state_dict())
@@ -74,7 +74,7 @@ def test_a_pruned_model_trains_as_one_built_small(option: str, driver: str) -> N
     family, fresh = OPTIONS[option]
     torch.manual_seed(0)
     model = family(nets.bert(), num_data=60, **fresh())
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     elbo = lrvd.RankELBO()
     batches = [tokens() for _ in range(4)]
     optim: Any = lrvd.optim.AdamW(lr=1e-2)
@@ -82,7 +82,7 @@ def test_a_pruned_model_trains_as_one_built_small(option: str, driver: str) -> N
         groups = lrvd.optim.parameter_groups(model, guide, lr=1e-2)
         optim = torch.optim.AdamW(groups, weight_decay=0.0)
     held = run(driver, elbo, model, guide, optim, batches[:2])  # its graph stays alive
-    select(model, guide, some(model.space), optim)
+    select(model, guide, optim, keep=some(model.space))
     small, twin = small_copy(model, guide, fresh)
     other: Any = lrvd.optim.AdamW(lr=1e-2)
     if driver == "svi":
@@ -147,13 +147,13 @@ def test_new_data_fit_a_tensor_whose_last_graph_is_alive() -> None:
 )
 def test_moments_are_sliced_row_by_row_and_steps_kept(make: Any) -> None:
     model = GateLoRA(nets.bert(), num_data=60)
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     optim = make(lrvd.optim.parameter_groups(model, guide))
     run("torch", lrvd.RankELBO(), model, guide, optim, [tokens(), tokens()])
     state = {p: dict(s) for p, s in optim.state.items()}
     keep = some(model.space)
     layer = model.space.layers[1]
-    select(model, guide, keep, optim)
+    select(model, guide, optim, keep=keep)
     rows = keep[4:8]
     for p, pick in (
         (layer.lora_A["default"].weight, lambda m: m[rows]),
@@ -167,14 +167,14 @@ def test_moments_are_sliced_row_by_row_and_steps_kept(make: Any) -> None:
 
 def test_parameters_that_leave_are_forgotten_by_optimizer_and_store() -> None:
     model = GateLoRA(nets.bert(), num_data=60)
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     optim = lrvd.optim.AdamW(lr=1e-2)
     svi = SVI(model, guide, optim, loss=lrvd.RankELBO())
     svi.step(**tokens())
     gone = {*model.space.layers[0].lora_A.parameters()}
     gone |= {*model.space.layers[0].lora_B.parameters()}
     names = set(pyro.get_param_store().keys())
-    select(model, guide, some(model.space), optim)
+    select(model, guide, optim, keep=some(model.space))
     left = names - set(pyro.get_param_store().keys())
     assert len(left) == 2 and all("layer.0.attention.self.query" in n for n in left)
     held = {p for g in optim.torch_optim.param_groups for p in g["params"]}
@@ -185,13 +185,13 @@ def test_parameters_that_leave_are_forgotten_by_optimizer_and_store() -> None:
 
 def test_pyros_own_optimizers_go_on() -> None:
     model = GateLoRA(nets.bert(), num_data=60)
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     optim = pyro.optim.ClippedAdam({"lr": 1e-2})
     svi = SVI(model, guide, optim, loss=lrvd.RankELBO())
     svi.step(**tokens())
     moment = optim.optim_objs[guide.log_variance].state[guide.log_variance]["exp_avg"]
     keep = some(model.space)
-    select(model, guide, keep, optim)
+    select(model, guide, optim, keep=keep)
     state = optim.optim_objs[guide.log_variance].state[guide.log_variance]
     close(state["exp_avg"], moment[keep])
     before = trainable(model, guide)
@@ -203,12 +203,12 @@ def test_pyros_own_optimizers_go_on() -> None:
 @pytest.mark.parametrize("driver", ["svi", "torch"])
 def test_a_step_of_an_optimizer_that_was_not_told_is_an_error(driver: str) -> None:
     model = GateLoRA(nets.bert(), num_data=60)
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     optim: Any = lrvd.optim.AdamW()
     if driver == "torch":  # fused: it would step on in silence
         groups = lrvd.optim.parameter_groups(model, guide)
         optim = torch.optim.AdamW(groups, fused=True)
     run(driver, lrvd.RankELBO(), model, guide, optim, [tokens()])
-    select(model, guide, some(model.space))
+    select(model, guide, keep=some(model.space))
     with pytest.raises(RuntimeError, match="selected without the optimizer"):
         run(driver, lrvd.RankELBO(), model, guide, optim, [tokens()])

@@ -10,6 +10,7 @@ import pyro
 import pytest
 import torch
 from nets import tokens
+from pairs import rank_guide
 from peft import LoraConfig, get_peft_model_state_dict
 from pruned import MODELS, PAIR, outputs, some, trained
 from pyro import distributions as dist
@@ -18,7 +19,6 @@ from torch import Tensor, nn
 
 from lrvd_pyro import RankSpace, priors
 from lrvd_pyro.distributions import TruncatedLogUniform
-from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 from lrvd_pyro.predictive.predictive import posterior_mean
 from lrvd_pyro.selection.criteria import prune
@@ -54,7 +54,7 @@ def test_removing_components_is_setting_their_draws_to_zero(
     if family != "gate" and kind == "conv2d":
         pytest.skip("drawn weights need linear layers")
     model = MODELS[family](NETS[kind]())
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     space, inputs = model.space, inputs_for(kind)
     keep = some(space, gone=None if kind == "dora" else 0)
     each = guide.owner if family != "gate" else torch.arange(space.size)
@@ -62,7 +62,7 @@ def test_removing_components_is_setting_their_draws_to_zero(
     expected = outputs(model, value * keep[each], inputs)
     assert (outputs(model, value, inputs) - expected).abs().max() > 1e-6
     mean = outputs(model, guide.mean().detach() * keep[each], inputs)
-    select(model, guide, keep)
+    select(model, guide, keep=keep)
     exactly(outputs(model, value[keep[each]], inputs), expected)
     with torch.no_grad(), posterior_mean(model, guide):
         exactly(model.predictions(**inputs), mean)
@@ -70,10 +70,10 @@ def test_removing_components_is_setting_their_draws_to_zero(
 
 def test_dora_is_exact_while_a_rank_stays_and_refuses_to_lose_the_last() -> None:
     model = MODELS["gate"](nets.bert(use_dora=True))
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     keep = some(model.space)
     with pytest.raises(ValueError, match="no rank of the DoRA layer .*min_rank=1"):
-        select(model, guide, keep)
+        select(model, guide, keep=keep)
     assert model.space.ranks == (4, 4, 4, 4)
     with torch.no_grad():
         guide.log_variance.fill_(5.0)
@@ -88,12 +88,12 @@ def test_dora_is_exact_while_a_rank_stays_and_refuses_to_lose_the_last() -> None
 @pytest.mark.parametrize("kind", NETS)
 def test_modules_and_parameters_stay_the_same_objects(kind: str) -> None:
     model = MODELS["gate"](NETS[kind]())
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     space = model.space
     modules, params = list(space.layers), dict(model.named_parameters())
     scalings = [m.scaling["default"] for m in modules]
     data = {name: p.detach().clone() for name, p in params.items()}
-    select(model, guide, some(space, gone=None))
+    select(model, guide, keep=some(space, gone=None))
     assert all(a is b for a, b in zip(space.layers, modules, strict=True))
     assert [m.scaling["default"] for m in modules] == scalings
     for name, p in model.named_parameters():
@@ -116,7 +116,7 @@ def _halved(data: Tensor, name: str) -> Tensor:
 def test_closing_after_selecting_leaves_no_hook() -> None:
     net = nets.bert()
     model = FactorLoRA(net, num_data=60, sides=PAIR)
-    select(model, RankDiagonal(model), some(model.space))
+    select(model, rank_guide(model), keep=some(model.space))
     assert nets.hooks(net) == 3 * 3  # a gate and two weights in each module
     model.space.close()
     assert nets.hooks(net) == 0
@@ -125,21 +125,21 @@ def test_closing_after_selecting_leaves_no_hook() -> None:
 @pytest.mark.parametrize("family", MODELS)
 def test_a_copy_of_a_pruned_pair_is_pruned_and_has_its_own_draws(family: str) -> None:
     model = MODELS[family](nets.bert())
-    guide = RankDiagonal(model)
-    select(model, guide, some(model.space))
+    guide = rank_guide(model)
+    select(model, guide, keep=some(model.space))
     twin, its = copy.deepcopy((model, guide))
     inputs, value = tokens(labels=False), guide.mean().detach()
     exactly(outputs(twin, value, inputs), outputs(model, value, inputs))
-    select(twin, its, some(twin.space))
+    select(twin, its, keep=some(twin.space))
     assert (model.space.ranks, twin.space.ranks) == ((2, 2, 2), (1, 1))
     outputs(model, value, inputs)
 
 
 def test_components_keep_their_first_numbers() -> None:
     model = MODELS["gate"](nets.bert())
-    guide = RankDiagonal(model)
-    select(model, guide, some(model.space))
-    select(model, guide, some(model.space, gone=None))
+    guide = rank_guide(model)
+    select(model, guide, keep=some(model.space))
+    select(model, guide, keep=some(model.space, gone=None))
     assert model.space.origin == (7, 11, 15)
 
 
@@ -161,10 +161,10 @@ def test_a_module_without_rank_leaves_and_every_adapter_still_works() -> None:
         with net.disable_adapter():
             base = net(**inputs).logits
     model = MODELS["gate"](net)
-    guide, keep = RankDiagonal(model), some(model.space)
+    guide, keep = rank_guide(model), some(model.space)
     expected = outputs(model, keep.to(torch.float64), inputs)
     flags = {n: p.requires_grad for n, p in net.named_parameters()}
-    select(model, guide, keep)
+    select(model, guide, keep=keep)
     assert model.space.ranks == (2, 2, 2)
     assert net.active_adapters == ["default"]
     assert all(flags[n] == p.requires_grad for n, p in net.named_parameters())
@@ -191,12 +191,12 @@ def test_a_module_without_rank_leaves_and_every_adapter_still_works() -> None:
 
 def test_log_alpha_of_a_horseshoe_follows_its_components() -> None:
     model = GateLoRA(nets.bert(), num_data=60, prior=priors.Horseshoe())
-    guide = RankDiagonal(model, learn_mean=True)
+    guide = rank_guide(model, learn_mean=True)
     with torch.no_grad():
         guide.log_variance.uniform_(-3, 1)
         guide.loc.uniform_(-1, 1)
     keep, log_alpha, mean = some(model.space), guide.log_alpha, guide.mean()
-    select(model, guide, keep)
+    select(model, guide, keep=keep)
     exactly(guide.log_alpha, log_alpha[keep])
     exactly(guide.mean(), mean[keep])
     sizes = {name: q.mean.numel() for name, q in guide.distributions().items()}
@@ -206,7 +206,7 @@ def test_log_alpha_of_a_horseshoe_follows_its_components() -> None:
 @pytest.mark.parametrize("over", ["module", "layer", "type"])
 def test_scales_follow_their_groups_though_these_are_numbered_anew(over: Any) -> None:
     model = GateLoRA(nets.bert(), num_data=60, prior=priors.Hierarchical(over=over))
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
 
     def scales() -> dict[Any, float]:
         labels = dict.fromkeys(model.space.coordinates[over])
@@ -216,7 +216,7 @@ def test_scales_follow_their_groups_though_these_are_numbered_anew(over: Any) ->
     with torch.no_grad():
         guide.loc.copy_(torch.arange(len(guide.loc)))
     before = scales()
-    select(model, guide, some(model.space))  # the first type is now the second
+    select(model, guide, keep=some(model.space))  # the first type is now the second
     after = scales()
     assert after == {label: before[label] for label in after}
     if over == "type":
@@ -232,11 +232,11 @@ def bounded_differently(space: RankSpace) -> Tensor:
 
 def test_bounds_and_held_means_follow_their_components() -> None:
     model = GateLoRA(nets.bert(), num_data=60, prior=bounded_differently)
-    guide = RankDiagonal(model, init_log_alpha=1.0)
+    guide = rank_guide(model, init_log_alpha=1.0)
     guide._held["gate"] += torch.arange(16) / 16  # as if it started there
     keep, mean = some(model.space), guide.mean().detach()
     assert len(mean.unique()) == 16
-    select(model, guide, keep)
+    select(model, guide, keep=keep)
     exactly(guide.mean().detach(), mean[keep])
 
 
@@ -256,10 +256,10 @@ class PerRank(PyroModule):
 
 def test_what_a_prior_holds_per_component_is_sliced_and_trains_on() -> None:
     model = GateLoRA(nets.bert(), num_data=60, prior=PerRank(16))
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     svi, optim = trained(model, guide)
     keep, before = some(model.space), model.prior.log_scale.detach().clone()
-    select(model, guide, keep, optim)
+    select(model, guide, optim, keep=keep)
     close(model.prior.log_scale.detach(), before[keep])
     close(model.prior.center, (torch.arange(16) / 10)[keep])
     svi.step(**tokens())

@@ -54,7 +54,7 @@ def refused(
     before, ranks = parameters(model, guide), model.space.ranks
     inputs = tokens(labels=False)
     with pytest.raises(error, match=message):
-        select(model, guide, keep, optim)
+        select(model, guide, optim, keep=keep)
     assert model.space.ranks == ranks
     assert all(torch.equal(a, b) for a, b in zip(before, parameters(model, guide)))
     outputs(model, model.value_at(model.start()), inputs)
@@ -80,7 +80,7 @@ def test_selections_that_cannot_be_carried_out_are_refused() -> None:
     say(guide, keep, restored, ValueError, "restored and has taken no step")
     model.base_net.merge_adapter()
     with pytest.raises(RuntimeError, match="is merged"):
-        select(model, guide, keep)
+        select(model, guide, keep=keep)
     model.base_net.unmerge_adapter()
     say(guide, ~keep & keep, None, ValueError, "with 0 to keep")
 

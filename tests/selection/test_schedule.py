@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from nets import bert, perceptron, tokens
+from pairs import rank_guide
 from pyro.infer import SVI
 from torch import Tensor
 
@@ -22,7 +23,7 @@ close = torch.testing.assert_close
 
 def pair(**options: Any) -> tuple[GateLoRA, RankDiagonal, Callable[..., RankSchedule]]:
     model = GateLoRA(perceptron(), num_data=60)
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     settings = {"start": 1, "every": 1} | options
     return model, guide, lambda **kw: RankSchedule(model, guide, None, **settings, **kw)
 
@@ -97,7 +98,7 @@ def test_if_everything_would_go_it_stops_and_nothing_changes() -> None:
 @pytest.mark.parametrize("family", [GateLoRA, FactorLoRA])
 def test_training_goes_on_under_a_schedule(family: Any) -> None:
     model = family(bert(), num_data=60)
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     optim, elbo = lrvd.optim.AdamW(lr=1e-2), lrvd.RankELBO()
     svi = SVI(model, guide, optim, loss=elbo)
     schedule = RankSchedule(model, guide, optim, start=2, every=2, elbo=elbo)
@@ -146,7 +147,7 @@ def recorded() -> tuple[GateLoRA, RankHistory, list[Tensor]]:
         history.record(10 * step)
         truth.append(guide.log_alpha)
         if masks:
-            select(model, guide, torch.tensor(masks.pop(0), dtype=torch.bool))
+            select(model, guide, keep=torch.tensor(masks.pop(0), dtype=torch.bool))
     return model, history, truth
 
 

@@ -11,6 +11,7 @@ import nets
 import pytest
 import torch
 from nets import tokens
+from pairs import rank_guide
 from peft import LoraConfig, PeftModel
 from pyro.infer.autoguide import AutoNormal
 from safetensors.torch import load_file
@@ -18,7 +19,6 @@ from stored import learned
 from torch import Tensor, nn
 
 from lrvd_pyro import priors
-from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.inference.param_store import give_own_name
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 from lrvd_pyro.predictive.predictive import posterior_mean
@@ -138,7 +138,7 @@ def test_factor_lora_exports_its_own_weights(
 ) -> None:
     net, inputs = nets.bert(), tokens(4, labels=False)
     model = FactorLoRA(net, num_data=60, sides=sides)
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     path = export_peft(tmp_path / "out", model, guide, mode=mode, probe=inputs)
     assert path.is_dir()
     exactly(logits(net, inputs), expected(model, guide, inputs))
@@ -175,7 +175,7 @@ def test_the_trained_head_goes_along(tmp_path: Path) -> None:
 def test_half_precision_passes_its_own_tolerance(tmp_path: Path) -> None:
     net, inputs = nets.bert().to(torch.bfloat16), tokens(4, labels=False)
     model = GateLoRA(net, num_data=60)
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     for mode in MODES:
         export_peft(tmp_path / mode, model, guide, mode=mode, probe=inputs)
 
@@ -203,7 +203,7 @@ def test_ranks_without_mean_are_dropped_and_modules_without_ranks(
     model = GateLoRA(nets.bert(), num_data=60)
     keep = torch.arange(model.space.size) >= 4  # the first module goes for good
     guide = learned(model)
-    select(model, guide, keep)
+    select(model, guide, keep=keep)
     assert guide.loc is not None
     with torch.no_grad():
         guide.loc.copy_(torch.tensor([0.0] * 4 + [1, 0, 0, 2] + [3, 4, 5, 0]))
@@ -224,7 +224,7 @@ def test_ranks_without_mean_are_dropped_and_modules_without_ranks(
 
 def test_names_that_end_alike_keep_their_own_ranks(tmp_path: Path) -> None:
     model = GateLoRA(nested(), num_data=60)
-    export_peft(tmp_path / "out", model, RankDiagonal(model))
+    export_peft(tmp_path / "out", model, rank_guide(model))
     config = config_of(tmp_path / "out")
     assert config["exclude_modules"] == ["other.out"]
     assert config["rank_pattern"] == {"block.out": 2}
@@ -261,7 +261,7 @@ def test_with_no_mean_left_only_merging_works(tmp_path: Path) -> None:
 def test_hard_zeros_of_a_spike_and_slab_go(tmp_path: Path) -> None:
     net, inputs = nets.bert(), tokens(4, labels=False)
     model = GateLoRA(net, prior=priors.SpikeSlab(), num_data=60)
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     assert guide.loc is not None
     with torch.no_grad():
         guide.loc[:6] = -30.0

@@ -10,6 +10,7 @@ import pyro
 import pytest
 import torch
 from nets import tokens
+from pairs import rank_guide
 from peft import LoraConfig
 from pyro import distributions as dist
 from pyro.infer import SVI
@@ -18,7 +19,6 @@ from torch import Tensor
 
 import lrvd_pyro as lrvd
 from lrvd_pyro import likelihoods, priors
-from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 from lrvd_pyro.selection.criteria import prune
 from lrvd_pyro.selection.removal import select
@@ -60,7 +60,7 @@ def test_predictions_are_the_same_bit_for_bit_and_peft_has_the_mean(
 ) -> None:
     net, inputs = NETS[kind](), inputs_for(kind)
     model = GateLoRA(net, num_data=60)
-    guide = perturbed(model, RankDiagonal(model, learn_mean=True))
+    guide = perturbed(model, rank_guide(model, learn_mean=True))
     path = save(tmp_path / "run", model, guide)
     pair = load(path, fresh(net))
     if kind != "conv1d":  # whose logits are of a language model
@@ -133,7 +133,7 @@ def test_one_rank_per_module_does_not_confuse_their_scales(tmp_path: Path) -> No
     net, inputs = nets.bert(), tokens(4, labels=False)
     model = GateLoRA(net, prior=priors.Horseshoe(), num_data=60, weight_prior=NORMAL)
     guide = perturbed(model)
-    select(model, guide, torch.arange(16) % 4 == 2)
+    select(model, guide, keep=torch.arange(16) % 4 == 2)
     assert guide.held == ("rank_scale",)
     _, its = pair = load(save(tmp_path / "run", model, guide), fresh(net))
     assert its.held == ("rank_scale",)
@@ -161,7 +161,7 @@ def test_saving_in_plain_peft_after_loading_is_right(tmp_path: Path) -> None:
     net, inputs = nets.bert(use_rslora=True, lora_alpha=7), tokens(4, labels=False)
     model = GateLoRA(net, num_data=60)
     guide = perturbed(model)
-    select(model, guide, torch.arange(16) > 5)
+    select(model, guide, keep=torch.arange(16) > 5)
     loaded, its = load(save(tmp_path / "run", model, guide), fresh(net))
     loaded.base_net.save_pretrained(tmp_path / "peft")
     found = plain_logits(fresh(net), tmp_path / "peft", inputs)

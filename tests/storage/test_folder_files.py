@@ -65,7 +65,7 @@ def test_a_folder_holds_four_files_no_pickle_and_no_path_of_this_machine(
 
 def test_saving_again_replaces_the_folder(tmp_path: Path) -> None:
     path, model, guide = saved(tmp_path)
-    select(model, guide, torch.arange(16) > 3)
+    select(model, guide, keep=torch.arange(16) > 3)
     save(path, model, guide)
     loaded, _ = load(path, fresh(model.base_net))
     assert loaded.space.ranks == (4, 4, 4)
@@ -145,12 +145,16 @@ def test_an_absent_folder_is_named(tmp_path: Path) -> None:
 def test_a_config_of_another_kind_is_refused(tmp_path: Path) -> None:
     path, model, _ = saved(tmp_path)
     base = fresh(model.base_net)
-    edit(path, model="Hacked")
-    with pytest.raises(ValueError, match="names the model 'Hacked'; expected .*Factor"):
+    hacked = {"name": "Hacked", "builtin": True, "arguments": {}}
+    edit(path, model={})
+    with pytest.raises(ValueError, match="lacks .* or the model's name and arguments"):
         load(path, base)
-    edit(path, format=2, versions={"lrvd_pyro": "9.0"})
+    edit(path, model=hacked)
+    with pytest.raises(ValueError, match="'Hacked', which is none of .*model=...\\)"):
+        load(path, base)
+    edit(path, format=3, versions={"lrvd_pyro": "9.0"})
     with pytest.raises(
-        ValueError, match="format 2, written by lrvd_pyro 9.0; .*pip in"
+        ValueError, match="format 3, written by lrvd_pyro 9.0; .*pip in"
     ):
         load(path, base)
     (path / "lrvd_config.json").write_text("[]")
@@ -216,14 +220,11 @@ def test_tensors_of_another_shape_are_refused_and_the_adapter_taken_out(
 
 
 def test_what_cannot_be_saved_is_refused(tmp_path: Path) -> None:
-    class Mine(GateLoRA):
-        pass
-
     net = nets.bert()
-    model, mine = GateLoRA(net, num_data=60), Mine(nets.bert(), num_data=60)
+    model = GateLoRA(net, num_data=60)
     guide, path = RankDiagonal(model), tmp_path / "run"
-    with pytest.raises(TypeError, match=r"a Mine; expected one of \['FactorLoRA', 'G"):
-        save(path, mine, RankDiagonal(mine))
+    with pytest.raises(TypeError, match=r"a PeftModel\w+; expected a models.RankModel"):
+        save(path, net, guide)  # type: ignore[arg-type]
     function: Any = guide.forward
     with pytest.raises(TypeError, match="guide is a method, .*make it a PyroModule"):
         save(path, model, function)

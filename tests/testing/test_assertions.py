@@ -6,6 +6,7 @@ import pyro
 import pytest
 import torch
 from nets import bert, perceptron, regression, tokens
+from pairs import rank_guide
 from pyro import distributions as dist
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
@@ -58,7 +59,7 @@ def test_assert_ok_passes_on_right_pairs(guide: Any, driver: Any) -> None:
 def test_assert_ok_passes_on_a_transformer(family: Any) -> None:
     def make_pair() -> Any:
         model = family(bert(randomize=False), num_data=60)
-        return model, RankDiagonal(model)
+        return model, rank_guide(model)
 
     assert_ok(make_pair, [tokens(), tokens()])
 
@@ -67,7 +68,7 @@ def test_assert_ok_passes_on_regression() -> None:
     def make_pair() -> Any:
         likelihood = lrvd.likelihoods.Normal()
         model = GateLoRA(regression(), num_data=60, likelihood=likelihood)
-        return model, RankDiagonal(model)
+        return model, rank_guide(model)
 
     assert_ok(make_pair, [rows() | {"labels": torch.randn(6)} for _ in range(2)])
 
@@ -112,7 +113,7 @@ def test_assert_ok_names_a_parameter_that_does_not_move(driver: Any) -> None:
 def test_assert_ok_names_the_weights_that_one_step_cannot_reach() -> None:
     def make_pair() -> Any:
         model = GateLoRA(perceptron(randomize=False), num_data=60)
-        return model, RankDiagonal(model)
+        return model, rank_guide(model)
 
     with pytest.raises(AssertionError, match=r"have not moved: .*lora_A"):
         assert_ok(make_pair, [rows()])
@@ -141,7 +142,7 @@ def test_assert_ok_wants_a_new_network_each_time() -> None:
 
     def make_pair() -> Any:
         model = GateLoRA(net, num_data=60)
-        return model, RankDiagonal(model)
+        return model, rank_guide(model)
 
     with pytest.raises(AssertionError, match="make_pair shares one network"):
         assert_ok(make_pair, [rows(), rows()])
@@ -156,7 +157,7 @@ def test_assert_ok_names_the_step_of_an_infinite_loss(driver: Any) -> None:
         likelihood = lrvd.likelihoods.Normal()
         net = regression()
         model = GateLoRA(net, prior=standard_normal, num_data=60, likelihood=likelihood)
-        return model, RankDiagonal(model)
+        return model, rank_guide(model)
 
     right = rows() | {"labels": torch.randn(6)}
     with pytest.raises((AssertionError, ValueError), match="(of|at) step 1"):

@@ -64,7 +64,7 @@ def test_a_truncated_file_is_damaged(share: float, path: Path) -> None:
     ("header", "message"),
     [
         (None, "is another safetensors file; expected one that checkpoint"),
-        ({"format": packed.FORMAT, "version": "2"}, "version 2; this .* up to 1: pip"),
+        ({"format": packed.FORMAT, "version": "3"}, "version 3; this .* up to 2: pip"),
         ({"format": packed.FORMAT, "version": "1"}, "is damaged: 'content'"),
         (
             {"format": packed.FORMAT, "version": "1", "content": '{"tensor": '},

@@ -12,6 +12,7 @@ import pyro
 import pytest
 import runs
 import torch
+from pairs import rank_guide
 from pyro.infer.autoguide import AutoLowRankMultivariateNormal, AutoNormal
 from runs import DRIVERS, STEPS
 from torch import Tensor, nn
@@ -119,7 +120,7 @@ def gate(net: Any = None, **options: Any) -> GateLoRA:
 
 
 def diagonal(model: Any) -> tuple[Any, Any]:
-    return model, RankDiagonal(model)
+    return model, rank_guide(model)
 
 
 class Normalized(nets.Perceptron):
@@ -163,7 +164,7 @@ def test_every_model_and_guide_goes_on(name: str, make: Any, path: Path) -> None
             keep = torch.arange(model.space.size) % 4 > 1
             keep[:4] &= name != "layers"  # a module goes
             if isinstance(guide, RankDiagonal):
-                lrvd.selection.select(model, guide, keep, run["optimizer"])
+                lrvd.selection.select(model, guide, run["optimizer"], keep=keep)
             runs.train(run, 3)
             checkpoint(path, **run, extra="one")
         runs.train(run, 6)

@@ -89,7 +89,7 @@ def killed_in_the_write(folder: Path, driver: str, count: int, stage: str) -> No
 
 
 def steps_saved(path: Path) -> int:
-    return int(packed.read(path)["elbo"]["step"]) if path.exists() else 0
+    return int(packed.read(path)[0]["elbo"]["step"]) if path.exists() else 0
 
 
 @pytest.mark.parametrize("driver", DRIVERS)

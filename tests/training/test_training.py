@@ -8,13 +8,13 @@ import pyro
 import pytest
 import torch
 from nets import bert, tokens
+from pairs import rank_guide
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import SVI
 from torch import Tensor
 
 import lrvd_pyro as lrvd
-from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 
 BOTH = [GateLoRA, FactorLoRA]
@@ -33,7 +33,7 @@ def test_frozen_base_has_no_gradient_and_never_enters_the_store(family: Any) -> 
     net = bert()
     frozen = {n: p.clone() for n, p in net.named_parameters() if not p.requires_grad}
     model = family(net, num_data=60)
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     svi = svi_for(model, guide)
     for _ in range(3):
         svi.step(**tokens())
@@ -52,7 +52,7 @@ def test_svi_step_and_torch_driver_train_to_the_same_parameters(family: Any) -> 
     for driver in ("svi", "torch"):
         torch.manual_seed(0)
         model = family(bert(), num_data=60)
-        guide = RankDiagonal(model)
+        guide = rank_guide(model)
         elbo = lrvd.RankELBO(kl_weight=lrvd.linear_warmup(3))
         torch.manual_seed(1)
         if driver == "svi":
@@ -75,7 +75,7 @@ def test_two_models_in_one_process_both_train() -> None:
     pairs = []
     for _ in range(2):
         model = GateLoRA(bert(), num_data=60)
-        pairs.append((model, RankDiagonal(model)))
+        pairs.append((model, rank_guide(model)))
     for model, guide in pairs:
         before = trainable(model) + trainable(guide)
         svi = svi_for(model, guide)
@@ -89,7 +89,7 @@ def test_two_models_in_one_process_both_train() -> None:
 @pytest.mark.parametrize("family", BOTH)
 def test_a_copy_trains_and_the_original_does_not_move(family: Any, how: str) -> None:
     model = family(bert(), num_data=60)
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     svi_for(model, guide).step(**tokens())
     before = trainable(model) + trainable(guide)
     pair = (model, guide)
@@ -110,9 +110,9 @@ def test_a_copy_trains_and_the_original_does_not_move(family: Any, how: str) -> 
 def test_release_takes_the_parameters_out_of_the_store() -> None:
     model = GateLoRA(bert(), num_data=60)
     other = GateLoRA(bert(), num_data=60)
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     for m in (model, other):
-        svi_for(m, RankDiagonal(m) if m is other else guide).step(**tokens())
+        svi_for(m, rank_guide(m) if m is other else guide).step(**tokens())
     before = trainable(model)
     model.release()
     guide.release()
@@ -140,7 +140,7 @@ def test_a_conditioned_gate_is_observed() -> None:
 
 def test_a_blocked_network_stays_while_the_guide_trains() -> None:
     model = GateLoRA(bert(), num_data=60)
-    guide = RankDiagonal(model)
+    guide = rank_guide(model)
     kept, start = trainable(model), trainable(guide)
     svi = svi_for(poutine.block(model, hide_types=["param"]), guide)
     svi.step(**tokens())

@@ -1,0 +1,201 @@
+"""Private parts of others that the library reads are there, and mean the same."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from nets import bert, perceptron, tokens
+from peft import helpers as peft_helpers
+from pyro import poutine
+from pyro.infer import MCMC, NUTS
+from pyro.infer.autoguide import AutoDiagonalNormal
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from lrvd_pyro._compat import peft, transformers
+from lrvd_pyro._compat import pyro as compat_pyro
+from lrvd_pyro._compat import torch as compat_torch
+
+SEEN: list[bool] = []
+
+
+class Probe(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        SEEN.append(compat_torch.in_backward())
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        SEEN.append(compat_torch.in_backward())
+        return grad
+
+
+def test_torch_says_when_a_backward_pass_runs() -> None:
+    SEEN.clear()
+    Probe.apply(torch.ones(1, requires_grad=True)).sum().backward()
+    assert SEEN == [False, True], "torch._C._current_graph_task_id has changed"
+
+
+def test_torch_marks_a_compiled_module() -> None:
+    net = nn.Sequential(nn.Linear(2, 2))
+    assert not compat_torch.is_compiled(net)
+    net[0].compile(backend="eager")
+    assert compat_torch.is_compiled(net), "nn.Module._compiled_call_impl has changed"
+
+
+def test_torch_keeps_hooks_in_two_dicts() -> None:
+    layer = nn.Linear(2, 2)
+    layer.register_forward_pre_hook(lambda *_: None)
+    layer.register_forward_hook(lambda *_: None)
+    before, after = compat_torch.forward_hooks(layer)
+    assert len(before) == len(after) == 1, "nn.Module._forward_hooks has changed"
+    before.clear()
+    assert not compat_torch.forward_hooks(copy.deepcopy(layer))[0]
+
+
+def test_torch_tells_persistent_buffers() -> None:
+    layer = nn.Module()
+    layer.register_buffer("kept", torch.ones(1))
+    layer.register_buffer("left", torch.ones(1), persistent=False)
+    found = dict(compat_torch.persistent_buffers(layer))
+    assert [*found] == ["kept"], "nn.Module._non_persistent_buffers_set has changed"
+    assert found.keys() == layer.state_dict().keys()
+
+
+def test_peft_caches_dora_norms_inside_its_helper_alone() -> None:
+    assert not peft.caches_dora_norms()
+    with peft_helpers.DoraCaching():
+        assert peft.caches_dora_norms(), "dora.ENABLE_DORA_CACHING has changed"
+
+
+def test_peft_activates_no_other_adapter_where_one_is_deleted() -> None:
+    net = perceptron()
+    net.add_adapter("second", net.peft_config["default"])
+    layer: Any = net.base_model.model.hidden
+    peft.delete_from_layer(layer, "default")
+    assert "default" not in layer.lora_A and "second" in layer.lora_A
+    assert layer.active_adapters == ["default"], "LoraLayer._active_adapter has changed"
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+def test_transformers_blocks_recompute_by_a_function() -> None:
+    net: Any = bert().base_model.model
+    net.train()
+    blocks = transformers.checkpointing_blocks(net)
+    assert blocks and all(transformers.checkpoint_function(b) is None for b in blocks)
+    net.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+    live = [b for b in blocks if transformers.checkpoint_function(b)]
+    assert live, "_gradient_checkpointing_func has changed"
+    calls = []
+    for block in live:
+        function: Any = transformers.checkpoint_function(block)
+
+        def counted(*args: Any, function: Any = function, **kwargs: Any) -> Any:
+            calls.append(function)
+            return function(*args, **kwargs)
+
+        transformers.set_checkpoint_function(block, counted)
+    net(**tokens()).loss.backward()
+    assert calls, "gradient checkpointing no longer calls _gradient_checkpointing_func"
+
+
+def test_transformers_says_which_attention_it_loaded() -> None:
+    found = transformers.attention_implementation(bert().get_base_model())
+    assert found in ("eager", "sdpa"), "config._attn_implementation has changed"
+
+
+class Root(PyroModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        self.child = nn.Linear(2, 2)
+
+    def forward(self) -> Tensor:
+        weight: Tensor = self.weight  # Pyro's store now has it
+        return weight
+
+
+def test_pyro_lists_its_messengers() -> None:
+    with poutine.trace() as handler:
+        found = compat_pyro.messengers()
+        assert any(each is handler for each in found), "_PYRO_STACK has changed"
+    assert not compat_pyro.messengers()
+
+
+def test_pyro_frames_show_mcmc() -> None:
+    seen = []
+
+    def model() -> None:
+        seen.append(compat_pyro.mcmc_is_running())
+        pyro.sample("x", pyro.distributions.Normal(0.0, 1.0))
+
+    model()
+    MCMC(NUTS(model), num_samples=1, warmup_steps=1, disable_progbar=True).run()
+    assert seen[0] is False and all(seen[1:]), "pyro.infer.mcmc has moved"
+
+
+def test_pyro_names_roots_and_takes_another_name() -> None:
+    root = Root()
+    compat_pyro.rename(root, "other")
+    assert compat_pyro.name_of(root) == "other"
+    root()
+    held = compat_pyro.held_parameters()
+    assert held["other.weight"] is compat_pyro.plain_parameter(root, "weight"), (
+        "ParamStoreDict._params has changed"
+    )
+    again = copy.deepcopy(root)
+    compat_pyro.start_as_root(again)
+    compat_pyro.rename(again, "third")
+    assert compat_pyro.name_of(again) == "third"
+
+
+def test_pyro_is_not_told_of_what_is_read_plainly() -> None:
+    root = Root()
+    assert isinstance(compat_pyro.plain_child(root, "child"), nn.Linear)
+    assert compat_pyro.plain_parameter(root, "weight") is not None
+    assert compat_pyro.plain_parameter(root, "nothing") is None
+    assert not [*pyro.get_param_store().keys()], "reading a parameter registers it"
+
+
+def test_pyro_optimizers_show_a_state_that_waits() -> None:
+    optimizer = pyro.optim.Adam({"lr": 0.1})
+    assert not compat_pyro.restored_without_a_step(optimizer)
+    optimizer.set_state({"some parameter": {}})
+    assert compat_pyro.restored_without_a_step(optimizer), (
+        "PyroOptim._state_waiting_to_be_consumed has changed"
+    )
+
+
+def test_pyro_autoguides_split_their_latent() -> None:
+    def model() -> None:
+        ones = torch.ones(2)
+        pyro.sample("a", pyro.distributions.Normal(ones, 1.0).to_event(1))
+        pyro.sample("b", pyro.distributions.Normal(0.0, 1.0))
+
+    guide = AutoDiagonalNormal(model)
+    guide()
+    parts = list(compat_pyro.unpack_latent(guide, torch.arange(3.0)))
+    found = {site["name"]: value.tolist() for site, value in parts}
+    assert found == {"a": [0.0, 1.0], "b": 2.0}, "AutoContinuous._unpack_latent"
+
+
+def test_every_function_says_why_it_is_private() -> None:
+    for module in (compat_torch, peft, transformers, compat_pyro):
+        for name in module.__all__:
+            function = getattr(module, name)
+            if function.__module__ == module.__name__:
+                assert function.__doc__, name
+
+
+@pytest.mark.parametrize("module", [compat_torch, peft, transformers, compat_pyro])
+def test_every_function_is_tested_here(module: Any) -> None:
+    source = Path(__file__).read_text()
+    for name in module.__all__:
+        if getattr(module, name).__module__ == module.__name__:
+            assert f".{name}(" in source, name

@@ -1,0 +1,131 @@
+"""A rank-wise guide of one's own: it joins by its type, and by that alone."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pytest
+import torch
+from nets import bert, tokens
+from pyro import distributions as dist
+from pyro.infer import SVI
+from torch import Tensor, nn
+
+import lrvd_pyro as lrvd
+from lrvd_pyro.guides import RankDiagonal, RankGuide, TiedDiagonal
+from lrvd_pyro.models import FactorLoRA, GateLoRA
+from lrvd_pyro.selection import removal_cost
+
+
+class Uniform(RankGuide):
+    """Gates uniform around 1, of a learned width for each rank component."""
+
+    def __init__(self, model: Any, width: float = 0.2) -> None:
+        super().__init__(model)
+        self.width = width
+        self.log_width = nn.Parameter(width * model.space.ones())
+
+    def forward(self, *_: Any, **__: Any) -> dict[str, Tensor]:
+        half = self.log_width.exp()
+        gate = dist.Uniform(1 - half, 1 + half, validate_args=False).to_event(1)
+        return {"gate": pyro.sample("gate", gate)}
+
+    def mean(self) -> Tensor:
+        return torch.ones_like(self.log_width)
+
+    @property
+    def log_alpha(self) -> Tensor:
+        return (2 * self.log_width - torch.tensor(3.0).log()).detach()
+
+    def cuts(self, keep: Tensor) -> Any:
+        return {self.log_width: (0, keep.nonzero().squeeze(-1))}
+
+    def select(self, keep: Tensor) -> None:
+        lrvd.rank_space.slice_tensors(self.cuts(keep))
+
+
+def pair() -> tuple[GateLoRA, Uniform]:
+    model = GateLoRA(bert(), prior=lrvd.priors.Normal(), num_data=60)
+    guide = Uniform(model)
+    with torch.no_grad():
+        guide.log_width[:5] = 3.0
+    return model, guide
+
+
+@pytest.mark.filterwarnings("ignore:no closed form")
+def test_it_trains_is_pruned_and_trains_on() -> None:
+    model, guide = pair()
+    svi = SVI(model, guide, lrvd.optim.AdamW(), loss=lrvd.RankELBO())
+    history = lrvd.RankHistory(guide)
+    for step in range(2):
+        svi.step(**tokens())
+        history.record(step)
+    worth = guide.log_alpha
+    keep = lrvd.prune(model, guide, svi.optim)
+    assert torch.equal(keep, worth <= 3) and 0 < int(keep.sum()) < 16
+    assert len(guide.log_width) == model.space.size == int(keep.sum())
+    svi.step(**tokens())
+    history.record(2)
+    assert int(history.log_alpha[2].isnan().sum()) == 16 - model.space.size
+    assert float(guide.effective_rank) == pytest.approx(
+        sum(guide.effective_ranks.values())
+    )
+
+
+def test_it_is_saved_exported_and_loaded(tmp_path: Path) -> None:
+    model, guide = pair()
+    lrvd.prune(model, guide)
+    batch = tokens(labels=False)
+    lrvd.save(tmp_path / "run", model, guide)
+    lrvd.export_peft(tmp_path / "plain", model, guide, probe=batch)
+    base = copy.deepcopy(model.base_net).unload().requires_grad_(True)
+    loaded, its_guide = lrvd.load(tmp_path / "run", base, guide=Uniform)
+    assert isinstance(its_guide, Uniform)
+    ours, theirs = (
+        lrvd.predict(*each, [batch], 3).probs
+        for each in ((model, guide), (loaded, its_guide))
+    )
+    assert torch.equal(ours, theirs)
+
+
+def test_what_has_no_closed_form_is_named() -> None:
+    model, guide = pair()
+    with pytest.raises(TypeError, match="is a Uniform, of whose noise no closed form"):
+        removal_cost(model, guide)
+    with pytest.raises(TypeError, match="guide is a Uniform .*RankDiagonal"):
+        lrvd.gauge.BalanceSchedule(model, guide, lrvd.optim.AdamW())  # type: ignore[arg-type]
+
+
+def test_a_guide_that_only_looks_like_one_is_refused() -> None:
+    model, guide = pair()
+
+    class Alike:
+        """It has every method, and says nowhere what it is."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(guide, name)
+
+    alike: Any = Alike()
+    with pytest.raises(TypeError, match="guide is a Alike; .*guides.RankGuide"):
+        lrvd.prune(model, alike)
+
+
+def test_a_guide_that_lacks_a_method_cannot_be_made() -> None:
+    class Half(RankGuide):
+        def mean(self) -> Tensor:
+            return torch.ones(1)
+
+    with pytest.raises(TypeError, match="class Half .*cuts, forward, log_alpha, sel"):
+        Half(None)  # type: ignore[abstract, arg-type]
+
+
+def test_no_guide_is_made_as_another_and_each_has_what_it_says() -> None:
+    gates = RankDiagonal(GateLoRA(bert(), num_data=60))
+    weights = TiedDiagonal(FactorLoRA(bert(), num_data=60))
+    assert type(gates) is RankDiagonal and type(weights) is TiedDiagonal
+    assert not isinstance(weights, RankDiagonal)
+    for guide in (gates, weights):
+        for name in (n for n in dir(type(guide)) if not n.startswith("_")):
+            if isinstance(getattr(type(guide), name), property):
+                getattr(guide, name)  # none raises an AttributeError

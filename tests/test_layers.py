@@ -1,0 +1,239 @@
+"""The house: who imports whom, where private parts are touched, what is public."""
+
+import ast
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import lrvd_pyro
+
+ROOT = Path(__file__).parents[1]
+LAYERS = [
+    ("_version", "_compat", "batches"),
+    ("rank_space", "distributions", "likelihoods"),
+    ("inference",),
+    ("optim",),
+    ("priors",),
+    ("models",),
+    ("guides", "predictive"),
+    ("selection", "testing"),
+    ("gauge", "storage", "diagnostics"),
+    ("training",),
+    ("__init__",),
+]
+FLOOR = {part: floor for floor, parts in enumerate(LAYERS) for part in parts}
+KNOWS_NOT = {
+    "rank_space": {"pyro"},
+    "inference": {"peft", "transformers"},
+    "distributions": {"peft", "transformers"},
+    "likelihoods": {"peft", "transformers"},
+}
+
+
+def sources() -> Iterator[tuple[str, str]]:
+    """Every file of the package: its dotted name below ``lrvd_pyro``, and its text."""
+    for folder in (ROOT / "lrvd_pyro", ROOT / "models", ROOT / "guides"):
+        for path in sorted(folder.rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            parts = parts[1:] if parts[0] == "lrvd_pyro" else parts
+            if folder.name != "lrvd_pyro" or parts[0] not in ("models", "guides"):
+                yield ".".join(parts), path.read_text()
+
+
+def imports(text: str) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of every import, in functions and type checks too."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno} is a relative import"
+            for alias in node.names:
+                yield node.lineno, f"{node.module}.{alias.name}"
+
+
+def breaches(module: str, text: str) -> list[str]:
+    """The imports of a module that its place in the house forbids."""
+    part = module.partition(".")[0]
+    found = []
+    for line, name in imports(text):
+        library, _, rest = name.partition(".")
+        where = f"{module}:{line} imports {name}"
+        if library in KNOWS_NOT.get(part, ()):
+            found.append(f"{where}, and {part} does not know {library}")
+        if library != "lrvd_pyro":
+            continue
+        other = rest.partition(".")[0]
+        if other not in FLOOR:
+            found.append(f"{where}, which is none of {sorted(FLOOR)}")
+        elif other != part and FLOOR[other] >= FLOOR[part]:
+            found.append(f"{where}, which is not below {part}")
+    return found
+
+
+def test_every_import_goes_down() -> None:
+    found = [each for name, text in sources() for each in breaches(name, text)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "message"),
+    [
+        ("inference.elbo", "import peft", "inference does not know peft"),
+        ("rank_space.space", "from pyro import poutine", "does not know pyro"),
+        ("guides.auto", "from lrvd_pyro.predictive import predict", "not below guides"),
+        ("models.base", "from lrvd_pyro import predictive", "not below models"),
+        ("optim", "from lrvd_pyro.nothing import x", "which is none of"),
+        (
+            "priors.base",
+            "def f():\n    if TYPE_CHECKING:\n        from lrvd_pyro.models import G",
+            "priors.base:3 imports lrvd_pyro.models.G, which is not below priors",
+        ),
+    ],
+)
+def test_a_breach_is_found_with_its_line(module: str, line: str, message: str) -> None:
+    (found,) = breaches(module, line)
+    assert message in found
+
+
+def test_modules_of_one_package_form_no_circle() -> None:
+    names = {name.removesuffix(".__init__") for name, _ in sources()}
+    below: dict[str, set[str]] = {}
+    for name, text in sources():
+        mine = name.removesuffix(".__init__")
+        targets = (n.removeprefix("lrvd_pyro.") for _, n in imports(text))
+        found = {t if t in names else t.rpartition(".")[0] for t in targets}
+        below[mine] = (found & names) - {mine}
+    while below:
+        leaves = {name for name, needs in below.items() if not needs & below.keys()}
+        assert leaves, f"a circle among {sorted(below)}"
+        below = {n: needs - leaves for n, needs in below.items() if n not in leaves}
+
+
+def private_touches(text: str) -> Iterator[str]:
+    """Lines that reach into an object's private parts, or import private names."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
+            owner = ast.unparse(node.value)
+            if owner not in ("self", "cls", "super()") and not node.attr.endswith("__"):
+                yield f"line {node.lineno}: {ast.unparse(node)}"
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [*node.module.split("."), *(a.name for a in node.names)]
+            ours = node.module.split(".")[0] == "lrvd_pyro"
+            if not ours and any(n.startswith("_") and n != "__future__" for n in names):
+                yield f"line {node.lineno}: {ast.unparse(node)}"
+
+
+ALLOWED = {
+    # a copy of the space itself, and a NamedTuple's documented method
+    "rank_space.space": "space._renumber",
+    "diagnostics.calibration": "interval._asdict",
+    # torch's own pattern for the expand of a distribution
+    "distributions.log_uniform": "new._validate_args",
+    "distributions.truncated": "new._validate_args",
+}
+
+
+def test_private_parts_of_other_libraries_are_touched_in_compat_alone() -> None:
+    found = [
+        f"{name}, {line}"
+        for name, text in sources()
+        for line in private_touches(text)
+        if not name.startswith("_compat.")
+        and not line.endswith(ALLOWED.get(name, "nothing"))
+    ]
+    assert not found, "\n".join(found)
+    assert list(private_touches("x = net._modules")) == ["line 1: net._modules"]
+    assert list(private_touches("from torch import _C"))
+
+
+def packages() -> Iterator[ModuleType]:
+    yield lrvd_pyro
+    for info in pkgutil.walk_packages(lrvd_pyro.__path__, "lrvd_pyro."):
+        yield importlib.import_module(info.name)
+
+
+def test_no_name_shadows_a_module() -> None:
+    for package in packages():
+        for info in pkgutil.iter_modules(getattr(package, "__path__", ())):
+            found = getattr(package, info.name)
+            assert isinstance(found, ModuleType), f"{package.__name__}.{info.name}"
+            assert found.__name__ == f"{package.__name__}.{info.name}"
+
+
+def test_every_package_says_what_is_public_in_order() -> None:
+    for package in packages():
+        if not hasattr(package, "__path__") or package.__name__.endswith("_compat"):
+            continue
+        names = package.__all__
+        assert [*names] == sorted(names), package.__name__
+        assert all(hasattr(package, name) for name in names), package.__name__
+
+
+def test_dir_shows_what_is_public_and_nothing_else() -> None:
+    assert dir(lrvd_pyro) == sorted(lrvd_pyro.__all__)
+
+
+def test_no_file_is_above_300_lines_and_the_readme_is_a_page() -> None:
+    folders = ("lrvd_pyro", "models", "guides", "examples")
+    code = [path for each in folders for path in (ROOT / each).rglob("*.py")]
+    assert len(code) > 60
+    assert not [p for p in code if len(p.read_text().splitlines()) > 300]
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 180
+
+
+def defined(text: str) -> tuple[set[str], list[str]]:
+    """Names that a module defines without an underscore; and its ``__all__``."""
+    names, public = set(), []
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for target in (t for t in targets if isinstance(t, ast.Name)):
+                if target.id == "__all__":
+                    assert node.value is not None
+                    public = ast.literal_eval(node.value)
+                else:
+                    names.add(target.id)
+    return {name for name in names if not name.startswith("_")}, public
+
+
+def test_every_module_names_what_other_files_use_and_no_more() -> None:
+    texts = dict(sources())
+    wanted: dict[str, set[str]] = {}
+    for text in texts.values():
+        for _, name in imports(text):
+            module, _, imported = name.removeprefix("lrvd_pyro.").rpartition(".")
+            wanted.setdefault(module, set()).add(imported)
+    for name, text in texts.items():
+        if name.endswith("__init__"):
+            continue
+        names, public = defined(text)
+        unused = names - wanted.get(name, set())
+        assert public == sorted(public), f"{name}.__all__ is not in order"
+        assert set(public) == names | (set(public) & wanted.get(name, set())), name
+        assert name == "optim" or not unused, f"no other file uses {name}: {unused}"
+
+
+def parameters() -> Iterator[tuple[str, str]]:
+    """Every parameter of the library but self, and its annotation."""
+    for name, text in sources():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                own = node.args
+                variadic = [own.vararg, own.kwarg]
+                named = [*own.posonlyargs, *own.args, *own.kwonlyargs]
+                for arg in [*named, *filter(None, variadic)]:
+                    if arg.arg not in ("self", "cls"):
+                        note = "" if arg.annotation is None else arg.annotation
+                        yield f"{name}.{node.name}", note and ast.unparse(note)
+
+
+def test_few_parameters_are_of_any_type() -> None:
+    notes = [*parameters()]
+    bare = [where for where, note in notes if note in ("Any", "")]
+    assert len(bare) < 0.02 * len(notes), f"{len(bare)} of {len(notes)}: {bare}"
