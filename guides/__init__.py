@@ -1,4 +1,9 @@
-"""Variational families over the latent variables, one file a family."""
+"""Variational families over the latent variables, one file a family.
+
+`RankGuide` says what a new rank-wise family gives, with an example; a new file here is
+imported below, and its class added to ``__all__``. Any other Pyro guide can be used as
+it is: start it at ``model.start()``, as `lrvd_pyro.guides.auto` does.
+"""
 
 # Imported as plain ``guides`` this folder would load a second copy of every class.
 if __name__ != "lrvd_pyro.guides":

@@ -1,6 +1,6 @@
 """Pyro's AutoGuides, started where the network is the trained LoRA: at gate 1.
 
-Their own defaults put the gate at 0, where B gets no gradient.
+Pyro's own start is near gate 0, where B gets next to no gradient.
 """
 
 from functools import partial
@@ -25,24 +25,54 @@ from lrvd_pyro.guides.fisher_laplace import FisherLaplace
 from lrvd_pyro.inference.param_store import give_own_name
 from lrvd_pyro.models.base import RankModel
 
-LARGEST = 4096  # latent components of a full covariance
+__all__ = [
+    "delta",
+    "iaf",
+    "laplace",
+    "low_rank_multivariate_normal",
+    "multivariate_normal",
+]
+
+_LARGEST = 4096  # latent components of a full covariance
 
 
 def delta(model: RankModel) -> AutoDelta:
-    """A point estimate of all latent sites (MAP), for priors with a mode."""
+    """A point estimate of all latent sites (MAP), for priors with a mode.
+
+    Wrong under a log-uniform prior and under a learned or latent scale: the objective
+    has no minimum, and `RankELBO` refuses the pair.
+
+    Example::
+
+        svi = SVI(model, delta(model), AdamW(), loss=RankELBO())
+
+    Args:
+        model: The model.
+    """
     return give_own_name(AutoDelta(model, init_loc_fn=_start(model)))
 
 
 def multivariate_normal(
     model: RankModel, *, init_scale: float = 0.1
 ) -> AutoMultivariateNormal:
-    """A Gaussian with full covariance over the unconstrained latents, L^2 parameters.
+    """A Gaussian with full covariance over the L unconstrained latents.
+
+    ``u ~ Normal(loc, Sigma)``, with about L^2 parameters. The KL is estimated by Monte
+    Carlo.
+
+    Example::
+
+        svi = SVI(model, multivariate_normal(model), AdamW(), loss=RankELBO())
+
+    Args:
+        model: The model.
+        init_scale: The standard deviation that each component starts at.
 
     Raises:
         ValueError: If there are more than 4,096 latent components.
     """
     size = sum(value.numel() for value in model.start().values())
-    if size > LARGEST:
+    if size > _LARGEST:
         raise ValueError(
             f"a full covariance over {size} latent components takes "
             f"{size**2 * 4 / 2**30:.2g} GiB, and its optimizer thrice; use "
@@ -56,9 +86,19 @@ def multivariate_normal(
 def low_rank_multivariate_normal(
     model: RankModel, *, rank: int = 8, init_scale: float = 0.1
 ) -> AutoLowRankMultivariateNormal:
-    """A Gaussian over the unconstrained latents with covariance ``D + W W^T``.
+    """A Gaussian over the L unconstrained latents with covariance ``D + W W^T``.
 
-    D is diagonal and W has ``rank`` columns.
+    D is diagonal and W is ``L x rank``. The KL is estimated by Monte Carlo.
+
+    Example::
+
+        guide = low_rank_multivariate_normal(model, rank=16)
+        svi = SVI(model, guide, AdamW(), loss=RankELBO())
+
+    Args:
+        model: The model.
+        rank: The number of columns of W.
+        init_scale: The standard deviation that each component starts at.
     """
     guide = AutoLowRankMultivariateNormal(
         model, init_loc_fn=_start(model), init_scale=init_scale, rank=rank
@@ -71,8 +111,17 @@ def iaf(
 ) -> AutoNormalizingFlow:
     """One inverse autoregressive flow over the L unconstrained latents.
 
-    Its network has one layer of ``hidden_dim`` units, at least and by default L: O(L^2)
-    parameters.
+    Its network has one hidden layer, and with it O(L^2) parameters. The KL is estimated
+    by Monte Carlo.
+
+    Example::
+
+        svi = SVI(model, iaf(model), AdamW(), loss=RankELBO())
+
+    Args:
+        model: The model.
+        hidden_dim: The units of the hidden layer, L at least; None takes L.
+        init_scale: The scale of the flow's draws at its start.
 
     Source: Kingma, Salimans, Jozefowicz et al. (2016, arXiv 1606.04934).
     """
@@ -81,7 +130,7 @@ def iaf(
         for name, site in model.latent_sites().items()
     }
     loc = torch.cat(list(start.values()))
-
+    # A partial and not a closure, so that the guide can be pickled.
     flow = partial(_flow, loc, init_scale, hidden_dim)
     return give_own_name(AutoNormalizingFlow(model, flow))
 
@@ -89,10 +138,22 @@ def iaf(
 def laplace(
     model: RankModel, *, curvature: Literal["fisher", "hessian"] = "fisher"
 ) -> AutoLaplaceApproximation:
-    """A point estimate that `laplace_approximation` turns into a Gaussian.
+    """A point estimate that ``laplace_approximation`` turns into a Gaussian.
 
-    With "fisher" by `FisherLaplace`; with "hessian" by Pyro's own, which needs second
-    derivatives of the whole network: load it with ``attn_implementation="eager"``.
+    Wrong where the posterior is skewed or has several modes.
+
+    Example::
+
+        guide = laplace(model)
+        svi = SVI(model, guide, AdamW(), loss=RankELBO())
+        svi.step(**batch)                        # and so on, to the mode
+        gaussian = guide.laplace_approximation(batches)
+
+    Args:
+        model: The model.
+        curvature: "fisher" for `FisherLaplace`. "hessian" for Pyro's own method, which
+            takes one batch as keywords, and second derivatives of the whole network:
+            load that with ``attn_implementation="eager"``.
 
     Raises:
         ValueError: If ``curvature`` is neither.
@@ -107,7 +168,7 @@ def laplace(
 def _flow(loc: Tensor, scale: float, hidden_dim: int | None, size: int) -> Any:
     nets: Any = T.affine_autoregressive
     autoregressive = nets(size, hidden_dims=[hidden_dim or size])
-    # A density must come from the draw: the inverse of a flow is not exact.
+    # The cache lets the density come from the draw: a flow's inverse is not exact.
     affine = dist.transforms.AffineTransform(loc, scale, cache_size=1)
     return ComposeTransformModule([autoregressive.to(loc), affine])
 

@@ -1,7 +1,7 @@
-"""What rank selection, history, storage and export ask of a guide."""
+"""What a rank-wise guide is: what selection, history, storage and export ask of it."""
 
 from abc import abstractmethod
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import pyro
 import torch
@@ -12,6 +12,8 @@ from lrvd_pyro._compat.pyro import name_of
 from lrvd_pyro.inference.param_store import UniqueModule, check_registered
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.rank_space.removal import Cuts
+
+__all__ = ["ClosedFormNoise", "RankGuide"]
 
 
 @runtime_checkable
@@ -30,35 +32,70 @@ class ClosedFormNoise(Protocol):
         """Alpha of each rank component, differentiable in ``log_variance``, (R,)."""
 
     def by_site(self, vector: Tensor) -> tuple[Tensor, ...]:
-        """A vector laid out as ``log_variance``, cut into latent sites."""
+        """Cut a vector laid out as ``log_variance`` into latent sites."""
 
 
 class RankGuide(UniqueModule):
     """A guide with a noise of its own for each rank component.
 
-    A subclass gives `forward`, the Pyro statements; `mean` and `log_alpha`; and `cuts`
-    and `select`, by which components leave it. `prune`, `RankSchedule`, `RankHistory`,
-    `save` and `export_peft` then work with it.
+    A subclass gives `forward`, the Pyro statements; `mean` and `log_alpha`, what the
+    posterior is; and `cuts` and `select`, by which components leave it. `prune`,
+    `RankSchedule`, `RankHistory`, `save` and `export_peft` then work with it. They ask
+    for this type, and not for methods of these names. A subclass with an attribute for
+    each argument of its constructor can be saved and loaded. The example below, with
+    its imports, is examples/recipes/add_guide.py.
 
     Wrong as a base for guides whose noise does not belong to single rank components: a
     covariance over all of them has no part that `select` could take away.
 
     Args:
-        model: The model whose latent sites it draws.
+        model: The model whose latent sites the guide draws.
 
     Attributes:
         space: The model's rank space.
 
     Raises:
         TypeError: If a subclass lacks a method.
+
+    Example, for a `GateLoRA` whose prior has the one site ``gate``::
+
+        class LaplaceGates(RankGuide):
+            # gate ~ Laplace(1, b), one b for each rank component
+
+            def __init__(self, model):
+                super().__init__(model)
+                self.log_b = nn.Parameter(self.space.ones() - 2.0)
+
+            def forward(self, *args, **batch):
+                gate = dist.Laplace(1.0, self.log_b.exp())
+                return self.draw_independent({"gate": gate})
+
+            def mean(self):
+                return self.space.ones()
+
+            @property
+            def log_alpha(self):                 # Var[gate] is 2 b^2, and the mean is 1
+                return (2 * self.log_b.detach().exp().square()).log()
+
+            def cuts(self, keep):                # the dimension, the indices that stay
+                return {self.log_b: (0, keep.nonzero().squeeze(-1))}
+
+            def select(self, keep):              # in place: optimizers hold the tensors
+                slice_tensors(self.cuts(keep))
+
+        model = GateLoRA(net, prior=ARD(), num_data=len(train))
+        guide = LaplaceGates(model)
+        svi = SVI(model, guide, AdamW(), loss=RankELBO())
     """
 
     def __init__(self, model: RankModel) -> None:
         super().__init__()
+        # The space, and not the model: as a child, the model's parameters would be the
+        # guide's too.
         self.space = model.space
 
     @abstractmethod
-    def forward(self, *args: Any, **batch: Any) -> dict[str, Tensor]:
+    def forward(self, *args: object, **batch: object) -> dict[str, Tensor]:
         """Draw the latent sites; returns their values by name."""
 
     @abstractmethod
@@ -72,7 +109,10 @@ class RankGuide(UniqueModule):
 
     @abstractmethod
     def cuts(self, keep: Tensor) -> Cuts:
-        """What `select` would slice where ``keep`` (R,) is False; nothing is done.
+        """What `select` would slice, without doing it.
+
+        Args:
+            keep: Which rank components stay, a bool mask (R,).
 
         Returns:
             For each parameter the dimension to slice, and the indices that stay.
@@ -80,9 +120,13 @@ class RankGuide(UniqueModule):
 
     @abstractmethod
     def select(self, keep: Tensor) -> None:
-        """Forget the rank components where ``keep`` (R,) is False, in place.
+        """Drop the other rank components, in place.
 
-        `lrvd_pyro.selection.select` calls it before the same of the rank space.
+        `lrvd_pyro.selection.select` calls this before the same method of the rank
+        space.
+
+        Args:
+            keep: Which rank components stay, a bool mask (R,).
         """
 
     @property
@@ -92,14 +136,18 @@ class RankGuide(UniqueModule):
 
     @property
     def effective_ranks(self) -> dict[str, float]:
-        """The effective rank of each LoRA module."""
+        """The effective rank of each LoRA module, by name."""
         kept = torch.sigmoid(-self.log_alpha)
         return {name: float(k.sum()) for name, k in self.space.split(kept).items()}
 
     def draw_independent(
         self, posteriors: dict[str, dist.TorchDistribution]
     ) -> dict[str, Tensor]:
-        """Draw latent sites from elementwise distributions; returns their values."""
+        """Draw latent sites from elementwise distributions; returns their values.
+
+        Args:
+            posteriors: For each latent site a distribution of its batch shape.
+        """
         for name, parameter in self.named_parameters():
             check_registered(f"{name_of(self)}.{name}", parameter)
         return {

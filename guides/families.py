@@ -1,7 +1,11 @@
-"""The one-dimensional families of the rank-wise diagonal guide."""
+"""The one-dimensional families of the rank-wise diagonal guide.
+
+A family has the members of `_RealNoise`. A new one joins `Noise`, and `family_of`
+chooses it by the site's prior.
+"""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +16,11 @@ from torch.distributions import Distribution
 
 from lrvd_pyro.distributions import TruncatedLogNormal, TruncatedLogUniform
 
+__all__ = ["Noise", "family_of", "walled"]
+
 
 @dataclass(frozen=True)
-class RealNoise:
+class _RealNoise:
     """``Normal(loc, v)`` on a real site; log v stays within [-10, 8]."""
 
     size: int
@@ -32,13 +38,17 @@ class RealNoise:
         scale = torch.exp(0.5 * walled(log_variance, -10.0, 8.0))
         return dist.Normal(loc.to(scale.dtype), scale, validate_args=False)
 
+    def select(self, index: Tensor) -> "_RealNoise":
+        """The family of the components that stay."""
+        return replace(self, size=len(index))
+
 
 @dataclass(frozen=True)
-class PositiveNoise:
+class _PositiveNoise:
     """``LogNormal(loc - v/2, v)``, of mean ``exp(loc)``; log v within [-10, 2].
 
-    With bounds (low, high) of log z the density is truncated to them, which moves the
-    mean where it bites.
+    With bounds (low, high) of log z the density is truncated to them. Truncation moves
+    the mean where the bounds cut off mass.
     """
 
     size: int
@@ -55,32 +65,41 @@ class PositiveNoise:
     def posterior(self, loc: Tensor, log_variance: Tensor) -> dist.TorchDistribution:
         """The distribution of the site's components."""
         variance = torch.exp(walled(log_variance, -10.0, 2.0))
+        # Less v/2, so that the mean of the site does not move with its noise.
         loc, scale = loc.to(variance.dtype) - variance / 2, variance.sqrt()
         if self.bounds is None:
             return dist.LogNormal(loc, scale, validate_args=False)
         low, high = (bound.to(loc.device) for bound in self.bounds)
         return TruncatedLogNormal(loc, scale, low, high, validate_args=False)
 
+    def select(self, index: Tensor) -> "_PositiveNoise":
+        """The family of the components that stay."""
+        if self.bounds is None:
+            return replace(self, size=len(index))
+        index = index.to(self.bounds[0].device)
+        low, high = (bound.expand(self.size)[index] for bound in self.bounds)
+        return replace(self, size=len(index), bounds=(low, high))
 
-Noise = RealNoise | PositiveNoise
+
+Noise = _RealNoise | _PositiveNoise
 
 
 def family_of(name: str, prior: Distribution) -> Noise:
     """The family for a latent site with one event dimension and this prior.
 
     Raises:
-        TypeError: If the site is neither real nor positive, or discrete.
+        TypeError: If the site is discrete, or neither real nor positive.
     """
     (size,) = prior.event_shape
     element: Any = getattr(prior, "base_dist", prior)
     support: Any = prior.support
     support = getattr(support, "base_constraint", support)
     if isinstance(element, TruncatedLogUniform):
-        return PositiveNoise(size, (element.low, element.high))
+        return _PositiveNoise(size, (element.low, element.high))
     if support is constraints.real:
-        return RealNoise(size)
+        return _RealNoise(size)
     if support in (constraints.positive, constraints.nonnegative):
-        return PositiveNoise(size)
+        return _PositiveNoise(size)
     if support.is_discrete:
         raise TypeError(
             f"the latent site {name!r} is discrete ({type(element).__name__}), and no "
@@ -95,6 +114,7 @@ def family_of(name: str, prior: Distribution) -> Noise:
 
 
 class _Walled(torch.autograd.Function):
+    # A plain clamp has gradient 0 beyond its bounds: what has once crossed them stays.
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: float, high: float) -> Tensor:
         ctx.save_for_backward(x)
@@ -104,6 +124,8 @@ class _Walled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
+        # Optimizers step against the gradient: at the lower bound a positive one leads
+        # out.
         outward = ((x <= ctx.low) & (grad > 0)) | ((x >= ctx.high) & (grad < 0))
         return grad.masked_fill(outward, 0.0), None, None
 

@@ -1,6 +1,6 @@
 """The rank-wise diagonal guide over weights: one variance per rank component."""
 
-from typing import Any, final
+from typing import final
 
 import torch
 from pyro import distributions as dist
@@ -11,24 +11,34 @@ from lrvd_pyro.guides.families import walled
 from lrvd_pyro.models import FactorLoRA
 from lrvd_pyro.rank_space.removal import Cuts, slice_tensors
 
+__all__ = ["TiedDiagonal"]
+
 
 @final
 class TiedDiagonal(RankGuide):
     """Gaussian noise on the weights of `FactorLoRA`, one variance per rank component.
 
     Every element of row i of A (and of column i of B) is Normal around its present
-    value with the one variance ``sigma_i^2``, and ``alpha_i = sigma_i^2 d / ||a_i||^2``
-    with d the length of the row (and column). The means are the network's own weights,
-    parameters of the model; the guide has ``log_variance`` (R,) alone.
+    value, with the one variance ``sigma_i^2``. The noise-to-signal ratio is ``alpha_i =
+    sigma_i^2 d / ||a_i||^2``, with d the length of the row (and column).
 
-    Log alpha starts at -4, a noise of 14%; log variances stay within [-20, 2].
+    Log alpha starts at -4, a noise of 14%. Log variances stay within [-20, 2].
 
-    Wrong when weights are strongly dependent under the posterior: it then understates
-    the uncertainty. Under another gauge of A and B it is another posterior.
+    Wrong when weights are strongly dependent under the posterior: the guide then
+    understates the uncertainty. Under another gauge of A and B it is another posterior.
+
+    Example::
+
+        model = FactorLoRA(net, num_data=len(train))
+        svi = SVI(model, TiedDiagonal(model), AdamW(), loss=RankELBO(kl_weight=0.1))
 
     Args:
         model: A `FactorLoRA`; `RankDiagonal` guides `GateLoRA`.
         init_log_alpha: Where log alpha starts.
+
+    Attributes:
+        log_variance: The log of ``sigma_i^2``, (R,): the guide's only parameter. The
+            means are the network's own weights, parameters of the model.
 
     Raises:
         TypeError: If ``model`` is another one.
@@ -53,12 +63,13 @@ class TiedDiagonal(RankGuide):
         self.init_log_alpha = init_log_alpha
         each = torch.arange(self.space.size)
         sides = [each.repeat_interleave(self.space.widths(s)) for s in self.space.sides]
+        # The rank component of each weight. It follows from the ranks, so is not saved.
         owner = torch.cat(sides).to(self.space.device)
         self.register_buffer("owner", owner, persistent=False)
         signal = self._log_signal(owner, self.mean())
         self.log_variance = nn.Parameter(init_log_alpha + signal)
 
-    def forward(self, *args: Any, **batch: Any) -> dict[str, Tensor]:
+    def forward(self, *args: object, **batch: object) -> dict[str, Tensor]:
         """Draw the weights, whatever the batch; returns them as ``factor``."""
         return self.draw_independent(self.distributions())
 
@@ -88,17 +99,18 @@ class TiedDiagonal(RankGuide):
         return torch.stack([torch.exp(log_variance - s) for s in signals]).sum(0)
 
     def by_site(self, vector: Tensor) -> tuple[Tensor, ...]:
-        """A vector laid out as ``log_variance``: it has one entry per component."""
+        """The vector itself: the one site has a variance per rank component."""
         return (vector,)
 
     def cuts(self, keep: Tensor) -> Cuts:
-        """What `select` would slice, all checked and nothing done."""
+        """What `select` would slice, without doing it."""
         return {self.log_variance: (0, keep.nonzero().squeeze(-1))}
 
     def select(self, keep: Tensor) -> None:
-        """Forget the rank components where ``keep`` (R,) is False, in place."""
+        """Drop the rank components where ``keep`` (R,) is False, in place."""
         slice_tensors(self.cuts(keep))
         keep = keep.to(self.owner.device)
+        # The components that stay are numbered without gaps.
         self.owner = (keep.cumsum(0) - 1)[self.owner[keep[self.owner]]]
 
     def _log_signal(self, owner: Tensor, weights: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What everything that goes through batches asks of them."""
+"""Batches: their type, their size, and the checks that every consumer shares."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
@@ -7,20 +7,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
+__all__ = [
+    "Batch",
+    "batch_size",
+    "check_several",
+    "gate_rows",
+    "opened",
+    "without_labels",
+]
 
-Batch = Mapping[str, Any]  # what the network takes as keywords, with labels or without
+Batch = Mapping[str, Any]  # the network's keyword arguments, with or without labels
 
 
 def check_several(batches: object, call: str) -> None:
     """Raise a TypeError that shows the right ``call`` if ``batches`` is one batch."""
+    # A dict is iterable too: its keys would be taken for batches.
     if isinstance(batches, Mapping):
         raise TypeError(f"batches is one batch; expected several: {call}")
 
 
-def opened(
-    batches: Iterable[Mapping[str, Any]], num_samples: int, call: str
-) -> Iterator[Mapping[str, Any]]:
-    """The batches, of which there is at least one, for at least one draw.
+def opened(batches: Iterable[Batch], num_samples: int, call: str) -> Iterator[Batch]:
+    """The batches as an iterator, checked to yield at least one.
+
+    Args:
+        batches: The batches; a generator is read once.
+        num_samples: The number of draws that the caller will take.
+        call: The right call, for messages.
 
     Raises:
         TypeError: If ``batches`` is one batch.
@@ -37,26 +49,32 @@ def opened(
     return chain([first], stream)
 
 
-def without_labels(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """What the network itself takes."""
+def without_labels(batch: Batch) -> dict[str, Any]:
+    """The entries of a batch that the network itself takes."""
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
-def gate_rows(gate: Tensor, batch: dict[str, Any]) -> Tensor:
-    """A leaf with this gate (R,) for each example of a batch, ``B x R``.
+def gate_rows(gate: Tensor, batch: Batch) -> Tensor:
+    """A leaf tensor ``B x R`` that repeats one gate for every example of a batch.
 
-    An example's gates move no other example, so that one backward pass of a sum over
-    examples gives the derivatives of each.
+    The gate row of an example changes the outputs of that example only. One backward
+    pass of a sum over examples therefore gives the gradient of each example.
+
+    Args:
+        gate: The gate to repeat, ``R``.
+        batch: The batch of ``B`` examples.
     """
     return gate.detach().expand(batch_size(batch), -1).clone().requires_grad_()
 
 
-def batch_size(batch: dict[str, Any]) -> int:
-    """The number of examples in a batch: that of its labels, else of its first tensor.
+def batch_size(batch: Batch) -> int:
+    """The number of examples in a batch: the length of its labels.
+
+    Without labels it is the length of the first tensor in the batch.
 
     Raises:
         TypeError: If the batch holds no tensor.
-        ValueError: If its first tensor is empty.
+        ValueError: If that tensor is empty.
     """
     for value in (batch.get("labels"), *batch.values()):
         if isinstance(value, torch.Tensor) and value.dim() > 0:

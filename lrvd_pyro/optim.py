@@ -1,4 +1,4 @@
-"""One fused AdamW for adapter, head and variational parameters, as Pyro wants it."""
+"""One fused AdamW for adapter, head and variational parameters, in Pyro's form."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -10,16 +10,18 @@ from torch import Tensor, nn
 
 from lrvd_pyro.inference.param_store import waits_for_first_call
 
+__all__ = ["AdamW", "Optimizer", "parameter_groups"]
+
 Optimizer = torch.optim.Optimizer | PyroOptim
 
-GROUPS = ("adapter", "head", "variational")
+_GROUPS = ("adapter", "head", "variational")
 
 
-def group_of(path: str, *, in_net: bool) -> str:
+def _group_of(path: str, *, in_net: bool) -> str:
     """The group of a parameter.
 
-    LoRA weights are the ``adapter``, whatever else trains in the network the ``head``;
-    the rest, parameters of guide, prior and likelihood, is ``variational``.
+    LoRA weights are the ``adapter``. Whatever else trains in the network is the
+    ``head``. Parameters of guide, prior and likelihood are ``variational``.
     """
     if not in_net:
         return "variational"
@@ -34,7 +36,7 @@ def parameter_groups(
     head_lr: float | None = None,
     variational_lr: float = 5e-2,
 ) -> list[dict[str, Any]]:
-    """Groups for a torch optimizer, with the learning rates of `AdamW`.
+    """Parameter groups for a torch optimizer, with the learning rates of `AdamW`.
 
     Example::
 
@@ -47,6 +49,16 @@ def parameter_groups(
     To accumulate gradients over k micro-batches, call
     ``(loss(**batch) / k).backward()`` for each before the one ``optim.step()``.
     `RankELBO.check` before that step finds a loss that is not finite.
+
+    Args:
+        model: The model; its network is ``model.net``.
+        guide: The guide.
+        lr: Learning rate of the adapter.
+        head_lr: Learning rate of the head; None takes ``lr``.
+        variational_lr: Learning rate of guide, prior and likelihood.
+
+    Returns:
+        The groups adapter, head and variational: ``params``, ``lr`` and ``name`` each.
 
     Raises:
         TypeError: If ``guide`` is a function; its parameters are known to SVI alone.
@@ -63,28 +75,28 @@ def parameter_groups(
             f"guide(**batch) once before parameter_groups(model, guide)"
         )
     rates = (lr, lr if head_lr is None else head_lr, variational_lr)
-    groups: dict[str, list[Tensor]] = {group: [] for group in GROUPS}
+    groups: dict[str, list[Tensor]] = {group: [] for group in _GROUPS}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             path = name.removeprefix("net.")
-            groups[group_of(path, in_net=path != name)].append(parameter)
+            groups[_group_of(path, in_net=path != name)].append(parameter)
     groups["variational"] += [p for p in guide.parameters() if p.requires_grad]
     return [
         {"params": groups[name], "lr": rate, "name": name}
-        for name, rate in zip(GROUPS, rates, strict=True)
+        for name, rate in zip(_GROUPS, rates, strict=True)
     ]
 
 
 class AdamW(PyroOptim):
     """``torch.optim.AdamW(fused=True)`` over all parameters of model and guide.
 
-    Pyro's own wrapper makes one optimizer per parameter; this is one for all, with a
-    learning rate per group. Log variances live on a scale of units and weights on one
-    of hundredths, hence the larger default rate of the former.
+    Pyro's own wrapper makes one optimizer per parameter. This wrapper makes one for all
+    of them, with a learning rate per group. Log variances move by units, weights by
+    hundredths; so they get the larger default rate.
 
-    Gradients are those of the loss in nats per data set, N times those of a mean loss:
-    Adam does not mind, `clip_norm` does. A ``max_grad_norm`` of 1 on a mean loss is
-    ``clip_norm=num_data`` here.
+    Gradients are those of the loss in nats per data set, N times those of a mean loss.
+    The size of a step does not depend on that factor, but ``clip_norm`` does: a
+    ``max_grad_norm`` of 1 on a mean loss is ``clip_norm=num_data`` here.
 
     Example::
 
@@ -103,13 +115,17 @@ class AdamW(PyroOptim):
 
     Args:
         lr: Learning rate of the adapter.
-        head_lr: Of the head; None takes ``lr``.
-        variational_lr: Of guide, prior and likelihood.
+        head_lr: Learning rate of the head; None takes ``lr``.
+        variational_lr: Learning rate of guide, prior and likelihood.
         betas: As in torch.
-        weight_decay: Of adapter and head, never of variational parameters; 0 goes with
-            a model's ``weight_prior``, which takes its place.
+        weight_decay: Decay of adapter and head, never of variational parameters. Leave
+            it at 0 with a model's ``weight_prior``, which takes its place.
         schedule: From the number of steps taken to a factor of all learning rates.
         clip_norm: Largest norm of all gradients together, in nats per data set.
+
+    Attributes:
+        steps: The number of steps taken.
+        torch_optim: The torch optimizer, None before the first step.
     """
 
     def __init__(
@@ -128,7 +144,7 @@ class AdamW(PyroOptim):
         decays = (weight_decay, weight_decay, 0.0)
         self.groups: list[dict[str, Any]] = [
             {"params": [], "name": name, "lr": rate, "weight_decay": decay}
-            for name, rate, decay in zip(GROUPS, rates, decays, strict=True)
+            for name, rate, decay in zip(_GROUPS, rates, decays, strict=True)
         ]
         self.rates = rates
         self.betas = betas
@@ -138,18 +154,23 @@ class AdamW(PyroOptim):
         self.torch_optim: torch.optim.AdamW | None = None
         self._pending: dict[str, Any] | None = None
 
-    def __call__(self, params: Iterable[Tensor], *args: Any, **kwargs: Any) -> None:
-        """Take one step on ``params``, tensors of Pyro's store."""
+    def __call__(
+        self, params: Iterable[Tensor], *args: object, **kwargs: object
+    ) -> None:
+        """Take one step on ``params``, unconstrained tensors of Pyro's store."""
         params = set(params)
         optim = self._with(params)
         factor = 1.0 if self.schedule is None else self.schedule(self.steps)
         for group, rate in zip(optim.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
+            # SVI zeroes the gradients of this step's parameters only; a gradient left
+            # on another one would move it.
             for parameter in group["params"]:
                 if parameter not in params:
                     parameter.grad = None
         if self.clip_norm is not None:
-            # A sum in the order of a set would differ from process to process.
+            # SVI passes a set, hashed by address: a sum in its order would differ from
+            # process to process.
             held = [p for group in optim.param_groups for p in group["params"]]
             ordered = [p for p in held if p in params]
             nn.utils.clip_grad_norm_(ordered, self.clip_norm)
@@ -157,7 +178,7 @@ class AdamW(PyroOptim):
         self.steps += 1
 
     def get_state(self) -> dict[str, Any]:
-        """Steps taken, the torch optimizer's state, and the shapes it belongs to."""
+        """The steps taken, the torch optimizer's state, and the shapes that it fits."""
         if self._pending is not None:
             return self._pending
         if self.torch_optim is None:
@@ -169,8 +190,11 @@ class AdamW(PyroOptim):
     def set_state(self, state_dict: dict[str, Any]) -> None:
         """Restore what `get_state` gave, for the same model and guide.
 
-        Parameters are matched by their order in the network, at the next step if none
-        was taken yet.
+        Parameters are matched by their order. Before the first step the state is kept,
+        and restored at that step.
+
+        Args:
+            state_dict: What `get_state` returned.
 
         Raises:
             ValueError: If the groups do not hold parameters of the saved shapes.
@@ -181,10 +205,13 @@ class AdamW(PyroOptim):
             self._restore(self.torch_optim)
 
     def hold(self, groups: Sequence[Sequence[Tensor]]) -> None:
-        """Train these parameters, one sequence for each of `GROUPS`, without moments.
+        """Train these parameters, with moments that start at 0.
 
-        As after a step that met them in this order; `set_state` then restores at once.
-        What a later step finds beyond them it adds.
+        The optimizer is as after a step that met them in this order, so that
+        `set_state` restores at once. A later step adds the parameters that it meets.
+
+        Args:
+            groups: The parameters: one sequence each for adapter, head and variational.
         """
         for group, params in zip(self.groups, groups, strict=True):
             group["params"] = list(params)
@@ -196,21 +223,25 @@ class AdamW(PyroOptim):
         return optim
 
     def _with(self, params: set[Tensor]) -> torch.optim.AdamW:
-        """The torch optimizer, new parameters added in the order of their names."""
+        """The torch optimizer, after adding new parameters in the order of names."""
         known: set[Tensor] = set()
         if self.torch_optim is not None:
             groups = self.torch_optim.param_groups
             known = {p for group in groups for p in group["params"]}
         if new := params - known:
+            # In the order of names, since a restored state matches parameters by order.
+            # A network's parameter is "<model>.net$$$<path>" to Pyro.
             store = pyro.get_param_store()
             for name, parameter in sorted((str(store.param_name(p)), p) for p in new):
                 _, is_net, path = name.partition(".net$$$")
-                index = GROUPS.index(group_of(path, in_net=bool(is_net)))
+                index = _GROUPS.index(_group_of(path, in_net=bool(is_net)))
                 self.groups[index]["params"].append(parameter)
-            old = self.torch_optim
+            # torch adds groups and not members of a group, so the optimizer is made
+            # once more; its state is by tensor, and passes over.
+            before = self.torch_optim
             self.torch_optim = self._make()
-            if old is not None:
-                self.torch_optim.state.update(old.state)
+            if before is not None:
+                self.torch_optim.state.update(before.state)
             self._restore(self.torch_optim)
         assert self.torch_optim is not None
         return self.torch_optim
@@ -218,11 +249,11 @@ class AdamW(PyroOptim):
     def _restore(self, optim: torch.optim.AdamW) -> None:
         if self._pending is None:
             return
-        saved, found = self._pending["shapes"], _shapes(optim)
-        if saved != found:
+        saved, present = self._pending["shapes"], _shapes(optim)
+        if saved != present:
             raise ValueError(
-                f"the saved optimizer has parameters of shapes {saved} in {GROUPS} and "
-                f"this one {found}; restore it for the model and guide that it was "
+                f"the saved optimizer has parameters of shapes {saved} in {_GROUPS}, "
+                f"this one {present}; restore it for the model and guide that it was "
                 f"saved from"
             )
         optim.load_state_dict(self._pending["optim"])

@@ -1,4 +1,8 @@
-"""Adapted networks as generative Pyro programs, one file a model."""
+"""Adapted networks as generative Pyro programs, one file a model.
+
+`RankModel` says what a new model gives, with an example. A new file here is imported
+below, and its class added to ``__all__``.
+"""
 
 # Imported as plain ``models`` this folder would load a second copy of every class.
 if __name__ != "lrvd_pyro.models":

@@ -1,4 +1,4 @@
-"""What the models of this package have in common."""
+"""What a model is: the three methods that a new one gives, and what it gets."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -23,16 +23,19 @@ from lrvd_pyro.inference.per_example import drawn_per_example
 from lrvd_pyro.likelihoods.base import Likelihood, check_likelihood
 from lrvd_pyro.rank_space.space import RankSpace
 
+__all__ = ["Factors", "RankModel", "SiteLabels", "check_num_data", "evaluating"]
+
+# The name of a dimension, and the coordinates along it by name.
 SiteLabels = tuple[str, dict[str, list[Any]]]
 
 
 class Factors(NamedTuple):
-    """A LoRA module as ``scaling * lora_B diag(gate) lora_A``.
+    """What a LoRA module computes by: ``scaling * lora_B diag(gate) lora_A``.
 
     Attributes:
         lora_A: ``r x in``, or as the layer has it.
-        lora_B: ``out x r``.
-        gate: r.
+        lora_B: ``out x r``, or as the layer has it.
+        gate: ``r``.
     """
 
     lora_A: Tensor
@@ -43,17 +46,23 @@ class Factors(NamedTuple):
 class RankModel(UniqueModule):
     """A PEFT network whose adapter is drawn before each forward pass.
 
-    Called with the batch as keyword arguments, as the network itself; ``labels`` are
-    observed if given. Returns the network's predictions.
+    A model is called with the batch as keyword arguments, as its network is. It
+    observes ``labels`` if they are given, and returns the network's predictions.
 
-    A subclass gives three methods: `draw`, the Pyro statements; `bind`, which puts what
-    was drawn into the forward pass; and `factors`, the adapter that this amounts to.
-    Prediction, storage, export and ArviZ work by them. A subclass sets ``prior``, and
-    an attribute for each further argument of its constructor, by which `save` keeps it.
+    A subclass gives three methods. `draw` has the Pyro statements. `bind` puts the
+    drawn value into the forward pass. `factors` says which adapter the value amounts
+    to. Training, prediction, storage, export and ArviZ work by these three.
+
+    A subclass sets ``prior``, and an attribute for each further argument of its
+    constructor: `save` keeps the arguments by these. It may override `start`, where
+    guides begin, and `site_labels`. With all imports: examples/recipes/add_model.py.
+
+    Wrong for `pyro.infer.Predictive` with ``parallel=True``, which draws several
+    adapters at once: the model refuses them.
 
     Args:
         space: The rank space of the adapter.
-        likelihood: Of labels given the network's predictions.
+        likelihood: The distribution of labels given the network's predictions.
         num_data: The number of training examples N.
 
     Attributes:
@@ -62,6 +71,37 @@ class RankModel(UniqueModule):
 
     Raises:
         TypeError: If the likelihood lacks a method, or a subclass a method.
+
+    Example, in which B is random and A is a parameter::
+
+        class RandomB(RankModel):
+            binds = "weights"                    # B ~ Normal(0, 1), elementwise
+
+            def __init__(self, net, *, num_data, prior=None, likelihood=None, **parts):
+                space = RankSpace(net, parts.get("adapter"), sides=("lora_B",))
+                super().__init__(space, likelihood or Categorical(), num_data)
+                self.prior = prior or dist.Normal(0.0, 1.0)
+                for weight in space.weights("lora_B"):   # the draw takes its place
+                    weight.requires_grad_(False)
+
+            def draw(self):                      # one site with one event dimension
+                size = self.space.flatten("lora_B").shape
+                return pyro.sample("B", self.prior.expand(size).to_event(1))
+
+            def bind(self, value):               # (K,), or one row per example
+                return self.space.bind_weights(value)
+
+            def factors(self, value):            # (K,)
+                As, Bs = self.space.weights("lora_A"), self.space.unflatten(value)
+                ones = self.space.split(self.space.ones())
+                return dict(zip(ones, map(Factors, As, Bs["lora_B"], ones.values())))
+
+            def start(self):
+                return {"B": self.space.flatten("lora_B").detach()}
+
+        model = RandomB(net, num_data=len(train))
+        guide = AutoNormal(model, init_loc_fn=init_to_value(values=model.start()))
+        svi = SVI(model, guide, AdamW(), loss=RankELBO())
     """
 
     prior: Any
@@ -77,35 +117,50 @@ class RankModel(UniqueModule):
 
     @abstractmethod
     def draw(self) -> Tensor:
-        """The Pyro statements of the prior; returns what `bind` takes."""
+        """The Pyro statements, under the rules that `lrvd_pyro.priors` gives.
+
+        Returns:
+            What `bind` takes: a vector, or one row per example within a `PerExample`.
+        """
 
     @abstractmethod
     def bind(self, value: Tensor) -> AbstractContextManager[None]:
-        """Let the forward passes within the block use ``value``."""
+        """Let the forward passes within the block use a draw.
+
+        Args:
+            value: What `draw` returned.
+        """
 
     @abstractmethod
     def factors(self, value: Tensor) -> dict[str, Factors]:
-        """For each LoRA module what it computes by while ``value`` (one draw) is bound.
+        """What each LoRA module computes by while a draw is bound.
 
-        Names are those of ``space.modules``.
+        Args:
+            value: One draw, a vector.
+
+        Returns:
+            The factors by module, under the names of ``space.modules``.
         """
 
     def site_labels(self, site: str) -> SiteLabels | None:
-        """How ArviZ calls the components of a latent site; None leaves it to their number.
+        """The labels that ArviZ gives the components of a latent site.
 
         Returns:
-            The dimension, and the coordinates along it by name.
+            The dimension, and the coordinates along it by name. By default None:
+            components have numbers.
         """
         return None
 
     def latent_sites(self) -> dict[str, Distribution]:
         """The prior distribution of each latent site, from one run."""
+        # A mere look: no random number is used up, and no outer handler sees it.
         with torch.random.fork_rng(), poutine.block(), poutine.trace() as run:
             self.draw()
         return {name: site["fn"] for name, site in latent_sites(run.trace).items()}
 
     def start(self) -> dict[str, Tensor]:
         """Where guides start each latent site: at the prior's ``start``, else at 1."""
+        # At gate 1 the network is the trained LoRA. At gate 0 B would get no gradient.
         known = getattr(self.prior, "start", {})
         device = self.space.device
         return {
@@ -115,6 +170,9 @@ class RankModel(UniqueModule):
 
     def value_at(self, latents: Mapping[str, Tensor]) -> Tensor:
         """What the model binds when its latent sites have the given values.
+
+        Args:
+            latents: A value for each latent site, by name.
 
         Raises:
             ValueError: If a latent site has no value.
@@ -130,15 +188,23 @@ class RankModel(UniqueModule):
         return value
 
     def log_prior(self, latents: Mapping[str, Tensor]) -> Tensor:
-        """The log prior density of values of the latent sites, in nats."""
+        """The log prior density of values of the latent sites, summed, in nats."""
         with poutine.block(), poutine.trace() as run:
             with poutine.condition(data=dict(latents)):
                 self.draw()
-        sites = [run.trace.nodes[name] for name in latents]
-        return torch.stack([scaled_log_prob(site) for site in sites]).sum()
+        nodes: dict[str, Any] = run.trace.nodes
+        return torch.stack([scaled_log_prob(nodes[name]) for name in latents]).sum()
 
-    def forward(self, *, labels: Tensor | None = None, **inputs: Any) -> Tensor:
-        """Draw the adapter, run the network, observe (or draw) the labels."""
+    def forward(self, *, labels: Tensor | None = None, **inputs: object) -> Tensor:
+        """Draw the adapter, run the network, observe (or draw) the labels.
+
+        Args:
+            labels: The labels of the batch, ``B`` or as the likelihood has them.
+            inputs: The network's own keyword arguments.
+
+        Returns:
+            The network's predictions, ``B x ...``.
+        """
         if labels is not None and not isinstance(labels, Tensor):
             raise TypeError(
                 f"labels are a {type(labels).__name__}; expected a tensor with one "
@@ -150,6 +216,7 @@ class RankModel(UniqueModule):
             mcmc.check(self.base_net, observed, self.num_data)
         self._register_parameters()
         value = self.draw()
+        # Rows of several draws would be taken for rows of examples.
         if value.dim() > 1 and not drawn_per_example():
             raise ValueError(
                 f"the adapter was drawn with shape {tuple(value.shape)}, several draws "
@@ -160,11 +227,15 @@ class RankModel(UniqueModule):
         self.likelihood(predictions, labels, self.num_data)
         return predictions
 
-    def predictions(self, **inputs: Any) -> Tensor:
-        """The network's logits for whatever is bound at present.
+    def predictions(self, **inputs: object) -> Tensor:
+        """The network's logits under the draw that is bound at present, ``B x ...``.
+
+        Args:
+            inputs: The network's own keyword arguments.
 
         Raises:
-            TypeError: If the network returns no tensor, nor something with logits.
+            TypeError: If the network returns neither a tensor nor something with
+                logits.
         """
         output = self.base_net(**inputs)
         self.space.check_fired()
@@ -178,11 +249,16 @@ class RankModel(UniqueModule):
 
     @property
     def base_net(self) -> PeftModel:
-        """The network, read without telling Pyro."""
+        """The network, read past Pyro.
+
+        ``model.net`` would register all parameters of the network with Pyro, the frozen
+        base included, which unfreezes it.
+        """
         return cast(PeftModel, plain_child(self, "net"))
 
     def _register_parameters(self) -> None:
         """Show Pyro the trainable parameters, and only them."""
+        # Pyro's local mode has no store: a torch optimizer reads the module instead.
         if pyro.settings.get("module_local_params"):
             return
         for name, parameter in self.base_net.named_parameters():
@@ -193,11 +269,12 @@ class RankModel(UniqueModule):
 
 
 def check_num_data(num_data: int | None) -> int:
-    """The number of training examples.
+    """The number of training examples, checked.
 
     Raises:
-        TypeError: If it is no positive integer.
+        TypeError: If it is not a positive integer.
     """
+    # True is an Integral; num_data=True would be a data set of one.
     whole = isinstance(num_data, Integral) and not isinstance(num_data, bool)
     if not whole or int(num_data or 0) < 1:
         raise TypeError(
@@ -210,6 +287,7 @@ def check_num_data(num_data: int | None) -> int:
 @contextmanager
 def evaluating(model: RankModel) -> Iterator[None]:
     """Run the network in eval mode within the block; its mode is restored."""
+    # Module by module: users keep parts of a training network in eval mode.
     was_training = [m for m in model.base_net.modules() if m.training]
     model.base_net.eval()
     try:

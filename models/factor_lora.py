@@ -1,4 +1,4 @@
-"""BayesLoRA as its published code has it: Gaussian noise on the weights A (and B)."""
+"""BayesLoRA by its published code: Gaussian noise on the weights A (and B)."""
 
 from contextlib import AbstractContextManager
 
@@ -13,37 +13,42 @@ from lrvd_pyro.priors.log_uniform import LogUniform
 from lrvd_pyro.rank_space.binding import Side
 from lrvd_pyro.rank_space.space import RankSpace
 
+__all__ = ["FactorLoRA"]
+
 
 class FactorLoRA(RankModel):
     """A LoRA network whose weights A (and B, by option) are drawn.
 
-    The one latent vector ``factor`` holds the weights themselves, rank component by
-    rank component: rows of A, then columns of B. Its prior is log-uniform on every
-    element. `RankDiagonal` centers it on the network's own weights with one variance
+    ``y = W0 x + scaling * B A x`` in every LoRA module, with A (and B) ~ prior. The one
+    latent vector ``factor`` (K,) holds the weights themselves, rank component by rank
+    component: rows of A, then columns of B. Its prior is log-uniform on every element.
+    The guide `TiedDiagonal` centers it on the network's own weights, with one variance
     per rank component.
 
-    The KL counts ``in`` (and ``out``) elements per rank component, so that at the true
-    ELBO it outweighs a small data set and prunes every rank; use
-    ``RankELBO(kl_weight=...)`` below 1 and say so. With noise on A alone, ranks of
-    large log alpha still carry signal; with noise on both sides they hardly do. The
-    noise does not vanish where ``A x = 0``, and its size depends on the gauge of A and
-    B.
+    The KL counts ``in`` (and ``out``) elements per rank component. At the true ELBO it
+    outweighs a small data set and prunes every rank: use ``RankELBO(kl_weight=...)``
+    below 1, and say so. With noise on A alone, ranks of large log alpha still carry
+    signal; with noise on both sides they hardly do.
+
+    Wrong where noise should vanish with ``A x``: this noise does not. Its size also
+    depends on the gauge of A and B.
 
     Example::
 
         model = FactorLoRA(net, num_data=len(train), sides=("lora_A", "lora_B"))
-        svi = SVI(model, RankDiagonal(model), AdamW(), loss=RankELBO(kl_weight=0.1))
+        svi = SVI(model, TiedDiagonal(model), AdamW(), loss=RankELBO(kl_weight=0.1))
 
     Args:
         net: A PEFT LoRA model on Linear or Conv1D layers.
         prior: `lrvd_pyro.priors.LogUniform`, the only one.
-        likelihood: Of labels given the network's logits; see `lrvd_pyro.likelihoods`.
+        likelihood: The distribution of labels given the network's logits; see
+            `lrvd_pyro.likelihoods`.
         num_data: The number of training examples N; a batch of B counts N/B times.
         sides: Which weights are random: ``("lora_A",)`` or ``("lora_A", "lora_B")``.
         adapter: The adapter's name; None takes the single active one.
 
     Raises:
-        TypeError: If ``net`` is no PEFT model, a layer is not linear, the prior is
+        TypeError: If ``net`` is not a PEFT model, a layer is not linear, the prior is
             another one, or ``num_data`` is missing.
         ValueError: If the adapter is ambiguous or ``sides`` is neither of the two.
 
@@ -79,11 +84,11 @@ class FactorLoRA(RankModel):
         self.sides = sides
 
     def start(self) -> dict[str, Tensor]:
-        """The network's own weights."""
+        """Where guides start: at the network's own weights, (K,)."""
         return {"factor": self.space.flatten(*self.space.sides).detach()}
 
     def draw(self) -> Tensor:
-        """Draw the weights, ``K`` (``B x K`` when drawn per example)."""
+        """Draw the weights, ``K``; ``B x K`` when drawn per example."""
         weights = [w for side in self.space.sides for w in self.space.weights(side)]
         size = sum(w.numel() for w in weights)
         value: Tensor = self.prior.sample("factor", size)
@@ -94,14 +99,14 @@ class FactorLoRA(RankModel):
         return self.space.bind_weights(value)
 
     def factors(self, value: Tensor) -> dict[str, Factors]:
-        """The drawn weights; of a side that is not drawn, the network's own."""
+        """The drawn weights, and the network's own weights of a side not drawn."""
         drawn = self.space.unflatten(value)
         As, Bs = (drawn.get(s) or self.space.weights(s) for s in ("lora_A", "lora_B"))
         ones = self.space.split(self.space.ones()).items()
         return {n: Factors(A, B, one) for (n, one), A, B in zip(ones, As, Bs)}
 
     def site_labels(self, site: str) -> SiteLabels | None:
-        """A weight has the coordinates of its rank component, and a side."""
+        """The coordinates of each weight's rank component, and the weight's side."""
         space, owners, sides = self.space, list[int](), list[str]()
         for side in space.sides:
             each = torch.arange(space.size).repeat_interleave(space.widths(side))

@@ -19,16 +19,23 @@ from lrvd_pyro.priors.contract import check_prior
 from lrvd_pyro.priors.log_uniform import LogUniform
 from lrvd_pyro.rank_space.space import RankSpace
 
+__all__ = ["GateLoRA"]
+
 
 class GateLoRA(RankModel):
     """A LoRA network whose rank components are multiplied by random gates.
 
-    ``y = W0 x + scaling * B diag(z) A x`` in every LoRA module, with ``z`` the module's
+    ``y = W0 x + scaling * B diag(z) A x`` in every LoRA module. Here z is the module's
     slice of the one latent vector ``gate`` ~ prior, of length R, the sum of the ranks.
-    A, B and the head are point parameters of the model; the base is frozen. Under the
-    guide `RankDiagonal`, ``Cov[y] = scaling^2 B diag(alpha (A x)^2) B^T``: of rank r at
-    most, and zero where ``A x = 0``. On an adapter with a center (`gauge.center`) gates
-    act about it, and ``A x`` stands for the distance from it.
+    A, B and the head are point parameters of the model; the base is frozen.
+
+    Under the guide `RankDiagonal`, ``Cov[y] = scaling^2 B diag(alpha (A x)^2) B^T``.
+    The covariance has rank r at most, and is zero where ``A x = 0``. On an adapter with
+    a center (`gauge.center`) gates act about the center, and ``A x`` stands for the
+    distance from it.
+
+    Wrong with a scaled prior and without ``weight_prior``: with A and B free, the map
+    b -> b s undoes any scale.
 
     Example::
 
@@ -39,17 +46,17 @@ class GateLoRA(RankModel):
     Args:
         net: A PEFT LoRA model.
         prior: From a `RankSpace` to the gate; see `lrvd_pyro.priors`.
-        likelihood: Of labels given the network's logits; see `lrvd_pyro.likelihoods`.
+        likelihood: The distribution of labels given the network's logits; see
+            `lrvd_pyro.likelihoods`.
         num_data: The number of training examples N; a batch of B counts N/B times.
         weight_prior: A density of the elements of A and B, added to the objective as a
-            penalty in nats. Priors with a scale need it: with A and B free, b -> b s
-            undoes any scale.
+            penalty in nats. Priors with a scale need it.
         adapter: The adapter's name; None takes the single active one.
 
     Raises:
-        TypeError: If ``net`` is no PEFT model, a layer cannot be gated, ``num_data`` is
-            missing, ``prior`` is no function, or ``weight_prior`` no density of single
-            weights.
+        TypeError: If ``net`` is not a PEFT model, a layer cannot be gated, or
+            ``num_data`` is missing. If ``prior`` is not a function, or ``weight_prior``
+            not a density of single weights.
         ValueError: If the adapter is ambiguous, the prior breaks its contract, or its
             parameters belong to another model.
 
@@ -78,12 +85,15 @@ class GateLoRA(RankModel):
         self._prior_names_gate = check_prior(self.prior, self.space)
 
     def draw(self) -> Tensor:
-        """Draw the gates, ``R`` (``B x R`` when drawn per example)."""
+        """Draw the gates, ``R``; ``B x R`` when drawn per example."""
         gate: Tensor = self.prior(self.space)
+        # A product of sites is not a site, and `gate` is always in the trace.
         if not self._prior_names_gate:
             gate = pyro.deterministic("gate", gate, event_dim=1)
         if self.weight_prior is not None:
             weights = self.space.weights("lora_A") + self.space.weights("lora_B")
+            # A Unit is Pyro's factor. The mark keeps the penalty out of the likelihood,
+            # so that RankELBO weights it as it does the KL.
             penalty = dist.Unit(self._log_density(weights))
             nothing = gate.new_empty(0)
             mark: Any = {"is_weight_prior": True}
@@ -91,13 +101,14 @@ class GateLoRA(RankModel):
         return gate
 
     def _log_density(self, weights: list[nn.Parameter]) -> Tensor:
-        """Of all elements of A and B together under the weight prior, in nats."""
+        """The log density of all elements of A and B together, in nats."""
         prior: Any = self.weight_prior
         if not self._centered:
             elements = torch.cat([w.reshape(-1) for w in weights])
             log_prob: Tensor = prior.log_prob(elements).sum()
             return log_prob
-        # By norms: a backward pass then keeps nothing but the weights themselves.
+        # By norms, since the backward pass then keeps nothing but the weights. Half
+        # precision would lose the sum of so many squares.
         exact = torch.promote_types(weights[0].dtype, torch.float32)
         norms = [torch.linalg.vector_norm(w, dtype=exact) for w in weights]
         scale = prior.scale.to(exact).reshape(())
@@ -118,29 +129,32 @@ class GateLoRA(RankModel):
         return {n: Factors(A, B, z) for (n, z), A, B in zip(gates.items(), *sides)}
 
 
-def _is_centered(prior: Any) -> bool:
+def _is_centered(prior: Distribution | None) -> bool:
     """Whether a prior is Normal(0, scale), and remains so."""
-    if type(prior) not in (torch.distributions.Normal, dist.Normal):
+    # By type: a subclass may have a density of its own.
+    known = type(prior) in (torch.distributions.Normal, dist.Normal)
+    if not known or not isinstance(prior, torch.distributions.Normal):
         return False
     loc: Tensor = prior.loc
     one = loc.numel() == prior.scale.numel() == 1
-    return one and not loc.requires_grad and not loc.any()
+    return one and not loc.requires_grad and not bool(loc.any())
 
 
-def _check_densities(prior: Any, weight_prior: Any) -> None:
+def _check_densities(prior: object, weight_prior: object) -> None:
     is_function = callable(prior) and not isinstance(prior, type)
     if prior is not None and (not is_function or isinstance(prior, Distribution)):
         raise TypeError(
             f"prior is {prior!r}; expected a function from the RankSpace to the gate: "
-            f"priors.Normal(1.0), or one of your own"
+            f"priors.Normal(1.0), or a function of your own"
         )
+    # Pyro's store names parameters by the path from the root, so that a module with
+    # parameters has one parent only.
     if owner := getattr(prior, "_pyro_name", ""):
         raise ValueError(
             f"this prior's parameters are {owner!r} already; give each model its own: "
             f"prior={type(prior).__name__}()"
         )
-    is_density = isinstance(weight_prior, Distribution)
-    is_density = is_density and not weight_prior.event_shape
+    is_density = isinstance(weight_prior, Distribution) and not weight_prior.event_shape
     if weight_prior is not None and not is_density:
         raise TypeError(
             f"weight_prior is {weight_prior!r}; expected a density of single weights: "

@@ -244,7 +244,7 @@ def test_conv_layers_are_for_gates_only() -> None:
 @pytest.mark.parametrize(
     "prior", ["horseshoe", dist.Normal(0.0, 1.0), lrvd.priors.Normal]
 )
-def test_a_prior_that_is_no_function_is_refused(prior: Any) -> None:
+def test_a_prior_that_is_not_a_function_is_refused(prior: Any) -> None:
     with pytest.raises(TypeError, match=r"prior is .*; expected a function from the R"):
         GateLoRA(bert(), prior=prior, num_data=60)
 

@@ -14,8 +14,8 @@ class CoreLoRA(RankModel):
     binds = "cores"  # W0 x + s B C A x, with C ~ Normal(identity, 1)
 
     def draw(self) -> Tensor:
-        identity = torch.cat([torch.eye(r).flatten() for r in self.space.ranks])
-        core: Tensor = sample("core", dist.Normal(identity, 1.0).to_event(1))
+        eye = torch.cat([self.space.ones(r).diag().view(-1) for r in self.space.ranks])
+        core: Tensor = sample("core", dist.Normal(eye, 1.0).to_event(1))
         return core
 
     def bind(self, value: Tensor) -> AbstractContextManager[None]:

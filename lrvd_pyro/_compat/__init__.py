@@ -1,5 +1,5 @@
-"""Every touch of another library's private parts, one file a library.
+"""Every use of another library's private parts, one file per library.
 
-Each function says in one line why no public name will do. A test of each tells, in
-words, what has changed when the library underneath has.
+The docstring of each function says why no public name will do. Its test, in
+``tests/compat``, fails with a readable message when the library has changed.
 """

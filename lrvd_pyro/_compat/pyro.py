@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pyro
+from pyro.infer.autoguide.guides import AutoContinuous
 from pyro.nn import PyroModule
 from pyro.optim import PyroOptim
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 
@@ -24,10 +26,10 @@ __all__ = [
 ]
 
 
-def messengers() -> list[Any]:
+def messengers() -> list[Messenger]:
     """The effect handlers around the running program.
 
-    Private, since Pyro shows a handler its messages and not its neighbors.
+    Private, since a handler sees its messages and not the other handlers.
     """
     return _PYRO_STACK
 
@@ -35,8 +37,7 @@ def messengers() -> list[Any]:
 def mcmc_is_running() -> bool:
     """Whether `pyro.infer.mcmc` runs the present program.
 
-    Looked up in the frames of the call, since MCMC leaves no mark in the program's
-    trace.
+    Read from the frames of the call, since MCMC leaves no mark in the program's trace.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -49,32 +50,32 @@ def mcmc_is_running() -> bool:
 def name_of(module: PyroModule) -> str:
     """The name under which Pyro's store keeps the parameters of a root module.
 
-    Private, since a PyroModule takes its name and does not give it back.
+    Private, since a PyroModule accepts a name and no public name returns it.
     """
     name: str = module._pyro_name
     return name
 
 
-def rename(root: Any, name: str) -> None:
-    """Give a root PyroModule, and all within it, another name.
+def rename(root: PyroModule, name: str) -> None:
+    """Give a root PyroModule, and all modules within it, another name.
 
-    Private, since AutoGuides take none.
+    Private, since AutoGuides accept no name.
     """
     root._pyro_set_supermodule(name, root._pyro_context)
 
 
-def start_as_root(root: Any) -> None:
-    """Let a module that was copied while Pyro ran it be a root of its own.
+def start_as_root(root: PyroModule) -> None:
+    """Make a module that was copied while Pyro ran it a root of its own.
 
-    Private, since a copy takes the context of the running original along.
+    Private, since the copy has the context of the running original, marked as used.
     """
     root._pyro_context.used = False
 
 
 def plain_child(module: nn.Module, name: str) -> nn.Module:
-    """A submodule, read without telling Pyro.
+    """A submodule, read without a Pyro statement.
 
-    Private, since attribute access registers all its parameters with Pyro.
+    Private, since attribute access on a PyroModule registers all its parameters.
     """
     child: nn.Module | None = module._modules[name]
     assert child is not None
@@ -82,18 +83,19 @@ def plain_child(module: nn.Module, name: str) -> nn.Module:
 
 
 def plain_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
-    """A parameter by its name, if there is one, read without telling Pyro.
+    """A parameter by its name, or None, read without a Pyro statement.
 
-    Private, since attribute access registers it, which unfreezes it.
+    Private, since attribute access on a PyroModule registers it, which unfreezes it.
     """
-    own: dict[str, nn.Parameter] = module.__dict__.get("_parameters", {})
-    return own.get(name)
+    # through __dict__, since unpickling reads attributes before _parameters exists
+    parameters: dict[str, nn.Parameter] = module.__dict__.get("_parameters", {})
+    return parameters.get(name)
 
 
 def held_parameters() -> dict[str, Tensor]:
-    """The unconstrained tensors of Pyro's store, which is what SVI trains.
+    """The unconstrained tensors of Pyro's store, which are what SVI trains.
 
-    Private, since reading the store's items constrains them anew.
+    Private, since ``items()`` of the store returns newly constrained tensors.
     """
     store: Any = pyro.get_param_store()
     held: dict[str, Tensor] = store._params
@@ -101,17 +103,19 @@ def held_parameters() -> dict[str, Tensor]:
 
 
 def restored_without_a_step(optimizer: PyroOptim) -> bool:
-    """Whether an optimizer's restored state waits for its parameters.
+    """Whether an optimizer's restored state still waits for its parameters.
 
-    Private, since Pyro hands the state out at the next step and shows it nowhere.
+    Private, since Pyro assigns that state at the next step and shows it nowhere.
     """
     return bool(optimizer._state_waiting_to_be_consumed)
 
 
-def unpack_latent(guide: Any, unconstrained: Tensor) -> Iterator[tuple[Any, Tensor]]:
+def unpack_latent(
+    guide: AutoContinuous, unconstrained: Tensor
+) -> Iterator[tuple[Any, Tensor]]:
     """The sites of an AutoContinuous guide, each with its part of the joint latent.
 
-    Private, since AutoGuides split their latent for themselves.
+    Private, since an AutoGuide splits its latent only for its own use.
     """
     sites: Iterator[tuple[Any, Tensor]] = guide._unpack_latent(unconstrained)
     return sites

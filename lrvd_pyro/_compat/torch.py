@@ -20,31 +20,31 @@ __all__ = [
 def in_backward() -> bool:
     """Whether the autograd engine is running in this thread.
 
-    Private, since torch says so nowhere else.
+    Private, since torch has no public name for it.
     """
     return bool(torch._C._current_graph_task_id() != -1)
 
 
 def is_compiled(net: nn.Module) -> bool:
-    """Whether ``net.compile()`` was called on a network or a part of it.
+    """Whether ``compile()`` was called on a network or a part of it.
 
-    Private, since ``compile`` leaves no public mark.
+    Private, since ``compile`` leaves no public mark on the module.
     """
     return any(module._compiled_call_impl is not None for module in net.modules())
 
 
 def forward_hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
-    """The pre-hooks and hooks of a module by their keys, to look at or delete.
+    """The forward pre-hooks and forward hooks of a module by key, to read or delete.
 
-    Private, since a handle removes its own hook alone and copies have no handles.
+    Private, since only a handle removes a hook, and a copied module has no handles.
     """
     return module._forward_pre_hooks, module._forward_hooks
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The buffers of a module itself that its state dict holds.
+    """The buffers of a module itself, without submodules, that its state dict holds.
 
-    Private, since ``named_buffers`` does not tell them from the others.
+    Private, since ``named_buffers`` yields the non-persistent buffers as well.
     """
     for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
         if name not in module._non_persistent_buffers_set:

@@ -4,41 +4,46 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 __all__ = [
     "attention_implementation",
-    "checkpoint_function",
     "checkpointing_blocks",
-    "set_checkpoint_function",
+    "checkpointing_function",
+    "set_checkpointing_function",
 ]
 
-FUNCTION = "_gradient_checkpointing_func"
+_FUNCTION = "_gradient_checkpointing_func"
 
 
-def checkpointing_blocks(net: nn.Module) -> list[Any]:
-    """The blocks of a network that can checkpoint their activations."""
+def checkpointing_blocks(net: nn.Module) -> list[nn.Module]:
+    """The blocks of a network that can recompute their activations."""
     return [m for m in net.modules() if hasattr(m, "gradient_checkpointing")]
 
 
-def checkpoint_function(block: Any) -> Callable[..., Any] | None:
-    """What a block recomputes its activations by; None where it keeps them now.
+def checkpointing_function(block: nn.Module) -> Callable[..., Any] | None:
+    """The function that a block's activation checkpointing calls; None if it is off.
 
-    Private, since ``gradient_checkpointing_enable`` takes the function's options alone.
+    Private, since ``gradient_checkpointing_enable`` accepts options, not a function.
     """
+    # Transformers' blocks keep their activations in evaluation mode, whatever the flag.
     if not (block.gradient_checkpointing and block.training):
         return None
-    found: Callable[..., Any] | None = getattr(block, FUNCTION, None)
-    return found
+    function: Callable[..., Any] | None = getattr(block, _FUNCTION, None)
+    return function
 
 
-def set_checkpoint_function(block: Any, function: Callable[..., Any]) -> None:
-    """Let a block recompute its activations by this function; private as above."""
-    setattr(block, FUNCTION, function)
+def set_checkpointing_function(block: nn.Module, function: Callable[..., Any]) -> None:
+    """Set the function that a block's activation checkpointing calls.
+
+    Private for the same reason as `checkpointing_function`.
+    """
+    setattr(block, _FUNCTION, function)
 
 
-def attention_implementation(net: Any) -> Any:
-    """Which attention a network was loaded with.
+def attention_implementation(net: PreTrainedModel) -> Any:
+    """The attention implementation that a network was loaded with.
 
-    Private, since ``from_pretrained`` takes it and no public name gives it back.
+    Private, since ``from_pretrained`` accepts it and no public name returns it.
     """
     return net.config._attn_implementation

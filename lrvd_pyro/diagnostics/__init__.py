@@ -1,4 +1,4 @@
-"""How good a posterior's predictions are: scores, pictures, and ArviZ."""
+"""Scores of a posterior's predictions, pictures of them, and its export to ArviZ."""
 
 from lrvd_pyro.diagnostics import calibration, plots
 from lrvd_pyro.diagnostics.arviz import to_arviz

@@ -1,4 +1,4 @@
-"""The posterior as ArviZ has it, with names for every rank component."""
+"""The posterior in ArviZ, with names for every rank component."""
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
@@ -9,50 +9,58 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from lrvd_pyro.batches import batch_size, opened, without_labels
+from lrvd_pyro.batches import Batch, batch_size, opened, without_labels
 from lrvd_pyro.inference.programs import Guide
 from lrvd_pyro.likelihoods.base import precise
 from lrvd_pyro.models.base import RankModel, evaluating
 from lrvd_pyro.predictive.draws import posterior_draws, seeded
 from lrvd_pyro.rank_space.space import RankSpace
 
-Variables = dict[str, tuple[tuple[str, ...], Any]]
-Coords = dict[str, dict[str, list[Any]]]
-SAMPLE = ("chain", "draw")
-DATUM = "datum_id"
+__all__ = ["to_arviz"]
+
+_Variables = dict[str, tuple[tuple[str, ...], Any]]  # dimensions and values, by name
+_Coords = dict[str, dict[str, list[Any]]]  # coordinates by name, by dimension
+
+_SAMPLE = ("chain", "draw")
+_DATUM = "datum_id"
 
 
 def to_arviz(
     model: RankModel,
     guide: Guide | None,
-    batches: Iterable[Mapping[str, Any]],
+    batches: Iterable[Batch],
     num_samples: int = 200,
     *,
     seed: int = 0,
     posterior_samples: Mapping[str, Tensor] | None = None,
 ) -> Any:
-    """Draws of the posterior, and what they say of labeled data, for ArviZ.
+    """Give draws of the posterior, and what they say of labeled data, to ArviZ.
 
-    Groups: ``posterior``, every latent site of the prior and ``gate``;
-    ``posterior_predictive``, ``labels`` drawn anew; ``log_likelihood``, ``log p(y_i |
-    x_i, z_s)`` of each datum under each draw in nats, not scaled to the data set;
-    ``observed_data``, the labels; ``constant_data``, the guide's ``log_alpha`` if it
-    has one. A vector with one entry per rank component has the dimension ``gate_id``,
-    labeled as "l0.attention.self.query[3]", with the coordinates ``module``,
-    ``layer``, ``type`` and ``rank`` along it. A site ``module_scale`` has the dimension
-    ``module_id``; likewise layer, type and global. `FactorLoRA`'s ``factor`` has
-    ``weight_id``, with the same coordinates and ``side``.
+    The groups are
 
-    The draws stand in one chain and are independent if a guide made them: r-hat and
-    ESS say nothing, so ``az.summary(data, kind="stats")`` and ``az.loo(data, reff=1)``.
-    MCMC's chains are laid end to end; take r-hat and ESS from ``mcmc.diagnostics()``,
+    - ``posterior``: every latent site of the prior, and ``gate``;
+    - ``posterior_predictive``: ``labels``, drawn under each draw;
+    - ``log_likelihood``: ``log p(y_i | x_i, z_s)`` of each datum under each draw, in
+      nats, not scaled to the data set;
+    - ``observed_data``: the labels;
+    - ``constant_data``: the guide's ``log_alpha``, if it has one.
+
+    A vector with one entry per rank component has the dimension ``gate_id``, labeled as
+    "l0.attention.self.query[3]". The coordinates ``module``, ``layer``, ``type`` and
+    ``rank`` run along it. A site ``module_scale`` has the dimension ``module_id``; the
+    levels layer, type and global likewise. `FactorLoRA`'s ``factor`` has ``weight_id``,
+    with the same coordinates and ``side``.
+
+    Draws stand in one chain. Those of a guide are independent, so r-hat and ESS say
+    nothing: call ``az.summary(data, kind="stats")`` and ``az.loo(data, reff=1)``.
+    Chains of MCMC are laid end to end: take r-hat and ESS from ``mcmc.diagnostics()``,
     and give ``az.loo`` the ESS per draw as ``reff``.
 
     Wrong as an estimate of prediction where A, B or the head were trained on the same
-    data: leave-one-out leaves a datum out of the posterior, and not out of the point
+    data: leave-one-out removes a datum from the posterior, but not from the point
     parameters. It also takes the guide for the posterior.
 
-    Memory is ``num_samples`` numbers per datum, twice, and one batch's logits.
+    Memory is ``num_samples`` numbers per datum, twice, and the logits of one batch.
 
     Example::
 
@@ -62,12 +70,12 @@ def to_arviz(
 
     Args:
         model: The trained model.
-        guide: Its guide. May be None if ``posterior_samples`` are given.
+        guide: Its guide; may be None with ``posterior_samples``.
         batches: Dicts of tensors as the model takes them, with labels.
         num_samples: The number of draws S.
-        seed: Of the draws, which are those of `lrvd_pyro.predict` at this seed.
-        posterior_samples: Draws to use instead of the guide's, by site, the first axis
-            over S: from `pyro.infer.Predictive` or MCMC. S is theirs.
+        seed: The seed; draws are those of `lrvd_pyro.predict` at the same seed.
+        posterior_samples: Draws to use instead of the guide's, from
+            `pyro.infer.Predictive` or MCMC: ``S x size`` by site. S is then theirs.
 
     Returns:
         An ``arviz.InferenceData``; from ArviZ 1 on, an ``xarray.DataTree``.
@@ -75,9 +83,9 @@ def to_arviz(
     Raises:
         ImportError: Without the ``arviz`` extra.
         TypeError: If ``batches`` is one batch, or a batch holds no tensor.
-        ValueError: If there is no batch, a batch has no labels, ``num_samples`` is
-            below 1, the guide has no parameters yet, or the draws lack a latent site
-            or differ in number.
+        ValueError: If there is no batch; if a batch has no labels; if ``num_samples``
+            is below 1; if the guide has no parameters yet; or if the draws lack a
+            latent site or differ in number.
     """
     container = _container()
     call = "to_arviz(model, guide, [batch], num_samples=200)"
@@ -94,11 +102,11 @@ def to_arviz(
     if model.binds == "gates":
         latents["gate"] = torch.stack(values)
     sites = {name: _dimension(model, name, x) for name, x in latents.items()}
-    groups: dict[str, Variables] = {
+    groups: dict[str, _Variables] = {
         "posterior": {name: _drawn(x, sites[name]) for name, x in latents.items()},
-        "posterior_predictive": {"labels": _drawn(drawn, DATUM)},
-        "log_likelihood": {"labels": _drawn(log_likelihood, DATUM)},
-        "observed_data": {"labels": ((DATUM,), _array(labels))},
+        "posterior_predictive": {"labels": _drawn(drawn, _DATUM)},
+        "log_likelihood": {"labels": _drawn(log_likelihood, _DATUM)},
+        "observed_data": {"labels": ((_DATUM,), _array(labels))},
     }
     log_alpha = getattr(guide, "log_alpha", None)
     if log_alpha is not None:
@@ -108,7 +116,7 @@ def to_arviz(
 
 
 def _container() -> Callable[[dict[str, Any]], Any]:
-    """What makes the data of all groups one object, in the ArviZ at hand."""
+    """The function that joins all groups in one object, in the installed ArviZ."""
     try:
         import arviz
     except ImportError as error:
@@ -116,51 +124,57 @@ def _container() -> Callable[[dict[str, Any]], Any]:
             "to_arviz needs ArviZ: pip install 'lrvd_pyro[arviz]'"
         ) from error
     if int(arviz.__version__.split(".")[0]) < 1:
+        # The constructor, since ``from_dict`` has another signature in each version.
         return lambda groups: arviz.InferenceData(**groups)
     from xarray import DataTree
 
     return DataTree.from_dict
 
 
-def _parted(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """Inputs and labels."""
-    batch_size(dict(batch))
+def _parted(batch: Batch) -> tuple[dict[str, Any], Tensor]:
+    """The inputs and the labels of a batch."""
+    batch_size(batch)
     labels = batch.get("labels")
     if labels is None:
         raise ValueError(
-            f"the batch {sorted(batch)} has no labels, of which the log likelihood "
-            f"would be; give labeled batches, or use lrvd_pyro.predict"
+            f"the batch {sorted(batch)} has no labels, and the log likelihood needs "
+            f"them; give labeled batches, or use lrvd_pyro.predict"
         )
     return without_labels(batch), labels
 
 
 def _on_batch(
-    model: RankModel, values: list[Tensor], batch: Mapping[str, Any]
+    model: RankModel, values: list[Tensor], batch: Batch
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels (B,); labels drawn and log likelihood, ``S x B``; all on the CPU."""
+    """Labels, ``B``; drawn labels and log likelihood, ``S x B``; all on the CPU."""
     inputs, labels = _parted(batch)
-    found = [_under_one_draw(model, value, inputs, labels) for value in values]
-    drawn, log_likelihood = (torch.stack(each) for each in zip(*found))
+    draws = [_under_one_draw(model, value, inputs, labels) for value in values]
+    drawn, log_likelihood = (torch.stack(each) for each in zip(*draws))
     return labels.cpu(), drawn, log_likelihood
 
 
 def _under_one_draw(
     model: RankModel, value: Tensor, inputs: dict[str, Any], labels: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Drawn labels and log likelihood under one draw, ``B`` each."""
     with model.bind(value):
         predictions = model.predictions(**inputs)
+    # A likelihood is a program, so the distribution of the labels is read from its
+    # site. With the batch's size for N, a batch may be larger than the training set.
     with poutine.block(), poutine.trace() as run:
         model.likelihood(predictions, labels, len(labels))
     site: Any = run.trace.nodes["labels"]
+    # By the mask, and not by the plate's scale: the density is per datum.
     log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
     return site["fn"].sample().cpu(), log_prob.cpu()
 
 
 def _dimension(model: RankModel, site: str, values: Tensor) -> str:
-    """The name of the axis of a latent site."""
+    """The dimension of a latent site: by the model's labels, its name, or its size."""
     level, size = site.removesuffix("_scale"), values.shape[-1]
     if labels := model.site_labels(site):
         return labels[0]
+    # By name before size: with one rank per module, ``module_scale`` has R entries too.
     if site != level and len(_groups(model.space).get(level, ())) == size:
         return f"{level}_id"
     return "gate_id" if size == model.space.size else f"{site}_id"
@@ -175,17 +189,17 @@ def _groups(space: RankSpace) -> dict[str, list[Any]]:
     return {"global": ["all"], **names}
 
 
-def _coordinates(model: RankModel, sites: Iterable[str]) -> Coords:
-    """For each dimension the coordinates along it, its own labels first."""
+def _coordinates(model: RankModel, sites: Iterable[str]) -> _Coords:
+    """The coordinates along each dimension, its own labels first."""
     space = model.space
     places = {name: [*each] for name, each in space.coordinates.items()}
-    coords: Coords = {"gate_id": {"gate_id": _gate_labels(space), **places}}
+    coords: _Coords = {"gate_id": {"gate_id": _gate_labels(space), **places}}
     coords |= {f"{k}_id": {f"{k}_id": names} for k, names in _groups(space).items()}
     return coords | dict(filter(None, map(model.site_labels, sites)))
 
 
 def _gate_labels(space: RankSpace) -> list[str]:
-    """ "l0.attention.self.query[3]", or with the module's name if that is ambiguous."""
+    """Labels as "l0.attention.self.query[3]", or by module names where these repeat."""
     places = space.coordinates
     short = {
         module: kind if layer == -1 else f"l{layer}.{kind}"
@@ -200,11 +214,11 @@ def _gate_labels(space: RankSpace) -> list[str]:
 
 def _drawn(values: Tensor, dimension: str) -> tuple[tuple[str, ...], Any]:
     """``S x ...`` draws as a variable in one chain."""
-    return (*SAMPLE, dimension), _array(values)[None]
+    return (*_SAMPLE, dimension), _array(values)[None]
 
 
-def _dataset(variables: Variables, coords: Coords) -> Any:
-    """An xarray Dataset, every dimension with its coordinates."""
+def _dataset(variables: _Variables, coords: _Coords) -> Any:
+    """An xarray Dataset that has coordinates along every dimension."""
     import xarray
 
     used: dict[str, Any] = {}
@@ -216,4 +230,4 @@ def _dataset(variables: Variables, coords: Coords) -> Any:
 
 
 def _array(tensor: Tensor) -> Any:
-    return precise(tensor.detach()).cpu().numpy()
+    return precise(tensor.detach()).cpu().numpy()  # NumPy has no bfloat16

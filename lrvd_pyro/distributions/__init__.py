@@ -1,6 +1,7 @@
-"""Distributions over positive gates and scales, and their KL divergences in nats.
+"""Distributions over gates and scales, and the KL divergences between them in nats.
 
-Importing the package registers every divergence with ``torch.distributions``.
+Importing the package registers every divergence with ``torch.distributions``. A new
+distribution gets a file of its own; its KL divergences go into ``closed_forms.py``.
 """
 
 from lrvd_pyro.distributions.closed_forms import expected_softplus

@@ -1,17 +1,28 @@
 """The improper log-uniform distribution, and its KL divergences in nats."""
 
 import math
+from collections.abc import Sequence
 from functools import cache
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from pyro.distributions import Normal, TorchDistribution, constraints
 from pyro.poutine.condition_messenger import ConditionMessenger
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction, FunctionCtx
 from torch.distributions import register_kl
 
 from lrvd_pyro._compat.pyro import mcmc_is_running, messengers
+
+__all__ = [
+    "LOG_UNIFORM_CONSTANT",
+    "LogUniform",
+    "dawson",
+    "dawson_integral",
+    "log_uniform_kl",
+    "molchanov_kl",
+]
 
 # log p(z) = -log|z| - LOG_UNIFORM_CONSTANT makes KL(N(1, a) || p) -> 0 as a -> inf.
 LOG_UNIFORM_CONSTANT = 0.5 * (1 + math.log(2 * math.pi) + np.euler_gamma + math.log(2))
@@ -20,16 +31,21 @@ LOG_UNIFORM_CONSTANT = 0.5 * (1 + math.log(2 * math.pi) + np.euler_gamma + math.
 class LogUniform(TorchDistribution):
     """The scale-invariant improper density ``p(z) = exp(-c) / |z|`` on the real line.
 
-    The constant ``c = (1 + log 2 pi + gamma + log 2) / 2 = 2.0541`` is a convention:
-    with it, a Monte Carlo KL and the closed form `log_uniform_kl` agree. An objective
-    under this prior is therefore defined up to a constant per component: compare it
-    neither with that of another prior nor across numbers of components.
+    The constant ``c = (1 + log 2 pi + gamma + log 2) / 2 = 2.0541`` is a convention.
+    With it, a Monte Carlo KL and the closed form `log_uniform_kl` agree.
 
-    `sample` returns ones, a placeholder that lets Pyro run a model before the guide has
-    spoken: there is no prior predictive.
+    Wrong when objectives are compared with those of another prior, or across numbers of
+    components: under this prior an objective is defined up to a constant per component.
+    Hron, Matthews and Ghahramani (2018, arXiv 1807.01969) show what is wrong with the
+    prior itself.
 
-    Source: Kingma, Salimans and Welling (2015, arXiv 1506.02557). For what is wrong
-    with it as a prior, see Hron, Matthews and Ghahramani (2018, arXiv 1807.01969).
+    There is no prior predictive. `sample` returns ones, a placeholder, because Pyro
+    runs a model once before it asks the guide.
+
+    Source: Kingma, Salimans and Welling (2015, arXiv 1506.02557).
+
+    Args:
+        validate_args: As in Pyro; None follows ``pyro.enable_validation``.
 
     >>> LogUniform().expand([3]).to_event(1).log_prob(torch.ones(3))
     tensor(-6.1624)
@@ -42,24 +58,30 @@ class LogUniform(TorchDistribution):
     def __init__(self, *, validate_args: bool | None = None) -> None:
         super().__init__(torch.Size(), torch.Size(), validate_args=validate_args)
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "LogUniform":
-        new = self._get_checked_instance(LogUniform, _instance)  # type: ignore[no-untyped-call]
+    def expand(
+        self, batch_shape: Sequence[int], _instance: object = None
+    ) -> "LogUniform":
+        """The same distribution with another ``batch_shape``."""
+        # Pyro's plates expand every prior. torch refuses that for a class that has its
+        # own __init__ and inherits `expand`.
+        new: LogUniform = self._get_checked_instance(LogUniform, _instance)  # type: ignore[no-untyped-call]
         TorchDistribution.__init__(new, torch.Size(batch_shape), validate_args=False)
         new._validate_args = self._validate_args
-        return cast(LogUniform, new)
+        return new
 
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        """Ones: a finite placeholder, no draw.
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Ones, ``sample_shape x batch_shape``: a finite placeholder for a draw.
 
         Raises:
-            ValueError: Where a draw is wanted: by MCMC, or by `pyro.infer.Predictive`
-                without guide or samples (it conditions on nothing).
+            ValueError: If a true draw is needed: by MCMC, or by `pyro.infer.Predictive`
+                without guide or samples.
         """
         if mcmc_is_running():
             raise ValueError(
-                "LogUniform is improper, so that there is no posterior for MCMC to "
-                "sample; choose a proper prior: priors.Normal()"
+                "LogUniform is improper, so MCMC has no posterior to sample; choose a "
+                "proper prior: priors.Normal()"
             )
+        # Predictive without guide or samples conditions the model on nothing.
         if any(isinstance(h, ConditionMessenger) and not h.data for h in messengers()):
             raise ValueError(
                 "LogUniform is improper and has no prior predictive; pass "
@@ -69,7 +91,7 @@ class LogUniform(TorchDistribution):
         return torch.ones(self._extended_shape(torch.Size(sample_shape)))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """``-log|z| - 2.0541``, in nats; infinite at zero."""
+        """``-log|z| - 2.0541``, in nats; infinite at 0."""
         log_prob = -value.abs().log() - LOG_UNIFORM_CONSTANT
         shape = torch.broadcast_shapes(log_prob.shape, self.batch_shape)
         return log_prob.expand(shape)
@@ -78,16 +100,24 @@ class LogUniform(TorchDistribution):
 def dawson(u: Tensor) -> Tensor:
     """Dawson's function ``D(u) = exp(-u^2) int_0^u exp(t^2) dt`` for ``u >= 0``.
 
-    Absolute error below 1e-9 in float64; differentiable any number of times.
+    The absolute error is below 1e-9 in float64. The function is differentiable any
+    number of times. Wrong when ``u < 0``.
+
+    >>> dawson(torch.tensor([0.0, 1.0]))
+    tensor([0.0000, 0.5381])
     """
     result: Tensor = _Dawson.apply(u)  # type: ignore[no-untyped-call]
     return result
 
 
 def dawson_integral(u: Tensor) -> Tensor:
-    """``F(u) = 2 int_0^u D(t) dt`` for ``u >= 0``, D being Dawson's function.
+    """``F(u) = 2 int_0^u D(t) dt`` for ``u >= 0``, where D is Dawson's function.
 
-    ``F(|m| / (sqrt(2) s))`` is the KL divergence of ``N(m, s^2)`` from `LogUniform`.
+    ``F(|m| / (sqrt(2) s))`` is the KL divergence of ``N(m, s^2)`` from `LogUniform`, in
+    nats. Wrong when ``u < 0``.
+
+    >>> dawson_integral(torch.tensor([0.0, 1.0]))
+    tensor([0.0000, 0.7394])
     """
     result: Tensor = _DawsonIntegral.apply(u)  # type: ignore[no-untyped-call]
     return result
@@ -98,9 +128,12 @@ def log_uniform_kl(log_alpha: Tensor) -> Tensor:
 
     ``f(alpha) = 2 int_0^u D(t) dt`` with ``u = (2 alpha)^(-1/2)`` and
     ``df / d log alpha = -u D(u)``. It falls from ``-log(alpha) / 2 + 0.6352`` to 0.
-    Absolute error below 1e-6 for log alpha in [-12, 12] in float64.
+    The absolute error is below 1e-6 for log alpha in [-12, 12] in float64.
 
     Source: gradient in Hron, Matthews and Ghahramani (2018, arXiv 1807.01969).
+
+    Args:
+        log_alpha: Log of the noise-to-signal ratio, any shape.
 
     >>> log_uniform_kl(torch.tensor([-4.0, 0.0, 4.0]))
     tensor([2.6258, 0.4267, 0.0091])
@@ -109,12 +142,16 @@ def log_uniform_kl(log_alpha: Tensor) -> Tensor:
 
 
 def molchanov_kl(log_alpha: Tensor) -> Tensor:
-    """Molchanov's approximation of `log_uniform_kl`, in nats; off by up to 0.0094.
+    """Molchanov's approximation of `log_uniform_kl`, in nats.
 
     ``k1 - k1 sigmoid(k2 + k3 log alpha) + log(1 + 1/alpha) / 2`` with three fitted
-    constants. Here for comparison with published figures; nothing uses it.
+    constants. It serves for comparisons with published figures; the library does not
+    use it. Wrong when exact values matter: it is off by up to 0.0094 nats.
 
     Source: Molchanov, Ashukha and Vetrov (2017, arXiv 1701.05369), equation 14.
+
+    Args:
+        log_alpha: Log of the noise-to-signal ratio, any shape.
     """
     k1, k2, k3 = 0.63576, 1.87320, 1.48695
     gate = torch.sigmoid(k2 + k3 * log_alpha)
@@ -127,16 +164,19 @@ def _kl_normal_log_uniform(q: Normal, p: LogUniform) -> Tensor:
     return kl.expand(torch.broadcast_shapes(kl.shape, p.batch_shape))
 
 
+# torch has no Dawson function. Below _SWITCH a table of polynomials gives it, beyond
+# it the asymptotic series does. The derivatives are written down: those of the table
+# would jump from cell to cell. They call `dawson` again, so they can be differentiated.
 class _Dawson(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, u: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, u: Tensor) -> Tensor:
         ctx.save_for_backward(u)
         inverse = u.clamp(min=_SWITCH).reciprocal()
         large = 0.5 * inverse * (1 + _horner(_SERIES, inverse.square()))
         return torch.where(u < _SWITCH, u * _interpolate("D(u) / u", u), large)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: BackwardCFunction, grad: Tensor) -> Tensor:
         (u,) = ctx.saved_tensors
         slope: Tensor = 1 - 2 * u * dawson(u)
         return grad * slope
@@ -144,7 +184,7 @@ class _Dawson(torch.autograd.Function):
 
 class _DawsonIntegral(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, u: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, u: Tensor) -> Tensor:
         ctx.save_for_backward(u)
         top = u.clamp(min=_SWITCH)
         large = top.log() + _LIMIT - _horner(_SERIES_OF_F, top.reciprocal().square())
@@ -153,7 +193,7 @@ class _DawsonIntegral(torch.autograd.Function):
         )
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: BackwardCFunction, grad: Tensor) -> Tensor:
         (u,) = ctx.saved_tensors
         return grad * 2 * dawson(u)
 
@@ -176,7 +216,8 @@ def _horner(coefficients: list[float], x: Tensor) -> Tensor:
 
 
 def _interpolate(name: str, u: Tensor) -> Tensor:
-    """The even function ``name`` by a polynomial per cell of [0, _SWITCH)."""
+    """The even function ``name`` at u, from one polynomial per cell of [0, _SWITCH)."""
+    # The caller's `torch.where` drops the values beyond the table, after their lookup.
     position = u.clamp(max=_SWITCH) * (_CELLS / _SWITCH)
     cell = position.long().clamp(0, _CELLS - 1)
     x = 2 * (position - cell) - 1
@@ -189,7 +230,9 @@ def _interpolate(name: str, u: Tensor) -> Tensor:
 
 @cache
 def _cells(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """For each power of x in [-1, 1] its coefficient in every cell."""
+    """The coefficients of each power of x in [-1, 1], one per cell, lowest first."""
+    # Interpolation at Chebyshev nodes, which keeps the error even across a cell. D(u)/u
+    # and F(u)/u^2 have no zero at 0, so that their relative error is bounded there.
     nodes = np.polynomial.chebyshev.chebpts1(_DEGREE + 1)
     u = (np.arange(_CELLS) + (nodes[:, None] + 1) / 2) * _SWITCH / _CELLS
     if name == "D(u) / u":
@@ -202,7 +245,8 @@ def _cells(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor,
 
 
 def _dawson_by_series(u: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """``u exp(-u^2) sum_k u^(2k) / (k! (2k + 1))`` for ``u <= 10``, no cancellation."""
+    """``D(u) = u exp(-u^2) sum_k u^(2k) / (k! (2k + 1))`` for ``u <= 10``."""
+    # every term is positive, unlike those of the alternating Taylor series of D
     term = np.exp(-u * u)
     total = np.zeros_like(u)
     for k in range(400):

@@ -1,18 +1,22 @@
-"""Positive distributions on ``[e^low, e^high]``: log-uniform and log-normal."""
+"""Distributions on ``[e^low, e^high]``: truncated log-uniform and log-normal."""
 
 import math
 from abc import abstractmethod
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Self
 
 import torch
 from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 from torch.distributions.utils import broadcast_all, clamp_probs
-from torch.special import erfcx, ndtr, ndtri
+
+from lrvd_pyro.distributions.truncated_gaussian import quantile, relative_mass
+
+__all__ = ["TruncatedLogNormal", "TruncatedLogUniform"]
 
 
 class _ExpOnInterval(TorchDistribution):
-    """The law of ``exp(x)``, x in [low, high]; a subclass says how x is distributed."""
+    """The distribution of ``exp(x)``, x in [low, high]; a subclass has that of x."""
 
     has_rsample = True
     low: Tensor
@@ -31,42 +35,50 @@ class _ExpOnInterval(TorchDistribution):
                 f"[exp(low), exp(high)]"
             )
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> "_ExpOnInterval":
-        new = self._get_checked_instance(type(self), _instance)  # type: ignore[no-untyped-call]
+    def expand(self, batch_shape: Sequence[int], _instance: object = None) -> Self:
+        """The same distribution with another ``batch_shape``."""
+        new: Self = self._get_checked_instance(type(self), _instance)  # type: ignore[no-untyped-call]
         shape = torch.Size(batch_shape)
         for name in self.arg_constraints:
             setattr(new, name, getattr(self, name).expand(shape))
+        # torch's own pattern: __init__ would broadcast and check the parameters again
         TorchDistribution.__init__(new, shape, validate_args=False)
         new._validate_args = self._validate_args
-        return cast(_ExpOnInterval, new)
+        return new
 
     @constraints.dependent_property(is_discrete=False, event_dim=0)
     def support(self) -> constraints.Constraint:
+        """The interval ``[e^low, e^high]``."""
         return constraints.interval(self.low.exp(), self.high.exp())
 
     @property
     def mean(self) -> Tensor:
-        return self._log_moment(1).exp().to(self.low.dtype)
+        """``E z``, ``batch_shape``."""
+        return self._log_mean_power(1).exp().to(self.low.dtype)
 
     @property
     def variance(self) -> Tensor:
-        first, second = self._log_moment(1), self._log_moment(2)
+        """``E (z - E z)^2``, ``batch_shape``."""
+        # (E z)^2 expm1(...) and no difference of the two, whose digits a narrow q loses
+        first, second = self._log_mean_power(1), self._log_mean_power(2)
         variance = (2 * first).exp() * (second - 2 * first).clamp(min=0).expm1()
         return variance.to(self.low.dtype)
 
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """`icdf` of uniform draws: ``sample_shape x batch_shape``."""
+    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """The `icdf` of uniform draws, ``sample_shape x batch_shape``."""
         shape = self._extended_shape(torch.Size(sample_shape))
         uniform = torch.rand(shape, dtype=self.low.dtype, device=self.low.device)
+        # torch.rand can return 0, whose quantile would be an end of the support
         return self.icdf(clamp_probs(uniform))
 
     def icdf(self, value: Tensor) -> Tensor:
         """The quantiles of probabilities in (0, 1), differentiable in all arguments."""
         z = self._log_icdf(value).exp()
+        # rounding of exp can leave the support, where the density is 0
         return z.clamp(self.low.exp(), self.high.exp())
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """The log density in nats; minus infinity off the support."""
+        """The log density in nats; minus infinity outside the support."""
         if self._validate_args:
             self._validate_sample(value)
         x = value.log()
@@ -75,33 +87,33 @@ class _ExpOnInterval(TorchDistribution):
 
     @abstractmethod
     def _log_density(self, x: Tensor) -> Tensor:
-        """Of ``x = log z`` in [low, high], in nats; broadcasts with x."""
+        """The log density of ``x = log z`` in [low, high], in nats."""
 
     @abstractmethod
     def _log_icdf(self, u: Tensor) -> Tensor:
         """The quantiles of ``x = log z``."""
 
     @abstractmethod
-    def _log_moment(self, n: int) -> Tensor:
+    def _log_mean_power(self, n: int) -> Tensor:
         """``log E z^n``, in float64."""
 
 
 class TruncatedLogUniform(_ExpOnInterval):
     """The proper log-uniform density ``p(z) = 1 / (z (high - low))``.
 
-    Its log is uniform on [low, high], so every order of magnitude in between is
-    equally likely. The KL of a `TruncatedLogNormal` from it is closed, and infinite
-    where that reaches beyond [low, high].
+    The log of z is uniform on [low, high], so all orders of magnitude in between are
+    equally likely. The KL divergence of a `TruncatedLogNormal` from it has a closed
+    form. Wrong when q reaches beyond [low, high]: that divergence is then infinite.
 
     Source: Neklyudov, Molchanov, Ashukha and Vetrov (2017, arXiv 1705.07283).
 
     Args:
-        low: Log of the smallest value; a number or ``batch_shape``.
-        high: Log of the largest value; a number or ``batch_shape``.
+        low: Log of the smallest value, a number or ``batch_shape``.
+        high: Log of the largest value, a number or ``batch_shape``.
         validate_args: As in Pyro; None follows ``pyro.enable_validation``.
 
     Raises:
-        ValueError: Unless low < high, both finite.
+        ValueError: If ``low < high`` does not hold, or one is infinite.
 
     >>> TruncatedLogUniform(-20.0, 0.0).mean
     tensor(0.0500)
@@ -124,7 +136,7 @@ class TruncatedLogUniform(_ExpOnInterval):
     def _log_icdf(self, u: Tensor) -> Tensor:
         return self.low + u * (self.high - self.low)
 
-    def _log_moment(self, n: int) -> Tensor:
+    def _log_mean_power(self, n: int) -> Tensor:
         low, high = n * self.low.double(), n * self.high.double()
         return high + (-(low - high).expm1() / (high - low)).log()
 
@@ -134,25 +146,27 @@ class TruncatedLogNormal(_ExpOnInterval):
 
     ``q(z) = N(log z; loc, scale^2) / (z Z)`` on [e^low, e^high], with
     ``Z = Phi((high - loc) / scale) - Phi((low - loc) / scale)``. Sampling inverts the
-    CDF, and is reparameterized in all four parameters. An interval far out in a tail
-    of the Gaussian does no harm: there q is nearly exponential in log z, from the end
-    next to loc.
+    CDF, and is reparameterized in all four parameters. The interval may lie far out in
+    a tail of the Gaussian. There q is nearly exponential in log z, from the end next to
+    loc.
 
-    A draw's log is exact to a few units in the last place of low, high or loc: in
-    float32 a q narrower than 1e-6 of these comes out coarse. Moments and
-    `entropy_of_log` are computed in float64 and rounded.
+    The mean, the variance and `entropy_of_log` are computed in float64 and rounded.
+    The log of a draw is exact to a few units in the last place of low, high or loc.
+    Wrong when, in float32, q is narrower than 1e-6 of these: its draws are coarse.
 
     Source: Neklyudov, Molchanov, Ashukha and Vetrov (2017, arXiv 1705.07283).
 
     Args:
-        loc: Mean of log z before truncation; a number or ``batch_shape``.
-        scale: Its standard deviation before truncation; a number or ``batch_shape``.
-        low: Log of the smallest value; a number or ``batch_shape``.
-        high: Log of the largest value; a number or ``batch_shape``.
+        loc: Mean of log z before truncation, a number or ``batch_shape``.
+        scale: Standard deviation of log z before truncation, a number or
+            ``batch_shape``.
+        low: Log of the smallest value, a number or ``batch_shape``.
+        high: Log of the largest value, a number or ``batch_shape``.
         validate_args: As in Pyro; None follows ``pyro.enable_validation``.
 
     Raises:
-        ValueError: Unless scale > 0 and low < high, both finite.
+        ValueError: If ``scale > 0`` or ``low < high`` does not hold, or an end is
+            infinite.
 
     >>> TruncatedLogNormal(5.0, 0.1, low=-20.0, high=0.0).mean
     tensor(0.9980)
@@ -179,14 +193,16 @@ class TruncatedLogNormal(_ExpOnInterval):
         super().__init__(validate_args, loc=loc, scale=scale, low=low, high=high)
 
     def entropy_of_log(self) -> Tensor:
-        """The entropy of log z in nats: ``batch_shape``; at most log(high - low).
+        """The entropy of log z in nats, ``batch_shape``; at most ``log(high - low)``.
 
-        With A, B the ends in scales from loc, phi and Phi the standard Gaussian's
-        density and CDF and ``Z = Phi(B) - Phi(A)``, it is ``log(sqrt(2 pi e) scale Z)
-        + (A phi(A) - B phi(B)) / (2 Z)``.
+        ``log(sqrt(2 pi e) scale Z) + (A phi(A) - B phi(B)) / (2 Z)`` with the ends
+        ``A = (low - loc) / scale`` and ``B = (high - loc) / scale``, and
+        ``Z = Phi(B) - Phi(A)``. The standard Gaussian has density phi and CDF Phi.
         """
+        # all densities relative to that at c, the point next to loc: phi(A), phi(B) and
+        # Z underflow together in a tail, and their ratios do not
         loc, scale, low, high = (x.double() for x in self._parameters())
-        mass = _relative_mass(loc, scale, low, high)
+        mass = relative_mass(loc, scale, low, high)
         a, b = (low - loc) / scale, (high - loc) / scale
         c = loc.clamp(low, high).sub(loc) / scale
         edges = a * ((c - a) * (c + a) / 2).exp() - b * ((c - b) * (c + b) / 2).exp()
@@ -200,98 +216,17 @@ class TruncatedLogNormal(_ExpOnInterval):
         loc, scale, low, high = self._parameters()
         mode = loc.clamp(low, high)
         exponent = (x - mode) * (x + mode - 2 * loc) / (2 * scale.square())
-        return -exponent - (scale * _relative_mass(loc, scale, low, high)).log()
+        return -exponent - (scale * relative_mass(loc, scale, low, high)).log()
 
     def _log_icdf(self, u: Tensor) -> Tensor:
-        arguments = torch.broadcast_tensors(u, *self._parameters())
-        x: Tensor = _Quantile.apply(*arguments)  # type: ignore[no-untyped-call]
-        return x
+        return quantile(u, *self._parameters())
 
-    def _log_moment(self, n: int) -> Tensor:
+    def _log_mean_power(self, n: int) -> Tensor:
         loc, scale, low, high = (x.double() for x in self._parameters())
+        # z^n N(log z; loc) is a multiple of N(log z; tilted), on the same interval
         tilted = loc + n * scale.square()
         old, new = loc.clamp(low, high), tilted.clamp(low, high)
         exponent = (new - old) * (new + old - 2 * loc) / (2 * scale.square())
-        before = _relative_mass(loc, scale, low, high)
-        after = _relative_mass(tilted, scale, low, high)
+        before = relative_mass(loc, scale, low, high)
+        after = relative_mass(tilted, scale, low, high)
         return n * new - exponent + (after / before).log()
-
-
-def _mills(x: Tensor) -> Tensor:
-    """``(1 - Phi(x)) / phi(x)`` for ``x >= 0``."""
-    ratio: Tensor = math.sqrt(math.pi / 2) * erfcx(x / math.sqrt(2))
-    return ratio
-
-
-def _relative_mass(loc: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """``Z / phi(c)``, c being where in [A, B] the density phi is largest.
-
-    The ratio neither underflows in the tails nor loses digits there.
-    """
-    a, b, width = (low - loc) / scale, (high - loc) / scale, (high - low) / scale
-    near, far = torch.maximum(a, -b), torch.maximum(-a, b)
-    center = (near / -math.sqrt(2)).erf() + (far / math.sqrt(2)).erf()
-    outside = near.clamp(min=0)
-    tail = _mills(outside) - _mills(far) * (-width * (outside + far) / 2).exp()
-    return torch.where(near < 0, math.sqrt(math.pi / 2) * center, tail)
-
-
-class _Quantile(torch.autograd.Function):
-    """The ``u``-quantile of a Gaussian truncated to [low, high]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, u: Tensor, loc: Tensor, scale: Tensor, low: Tensor, high: Tensor
-    ) -> Tensor:
-        mass = _relative_mass(loc, scale, low, high)
-        a, b = (low - loc) / scale, (high - loc) / scale
-        density = mass / math.sqrt(2 * math.pi)
-        below, above = ndtr(a) + u * density, ndtr(-b) + (1 - u) * density
-        inner = torch.where(below < above, ndtri(below), -ndtri(above))
-        rightwards = a >= 0
-        start = torch.where(rightwards, a, -b).clamp(min=0)
-        offset = scale * _tail_offset(torch.where(rightwards, u, 1 - u), start, mass)
-        tail = torch.where(rightwards, low + offset, high - offset)
-        x = torch.where(torch.maximum(a, -b) < 0, loc + scale * inner, tail)
-        x = x.clamp(low, high)
-        ctx.save_for_backward(u, loc, scale, low, high, mass, x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        """From ``d Phi(t) = (1 - u) d Phi(A) + u d Phi(B) + Z du``, t = F^-1(u)."""
-        u, loc, scale, low, high, mass, x = ctx.saved_tensors
-
-        def ratio(end: Tensor) -> Any:
-            """``phi(end) / phi(x)``, both in log units."""
-            return ((x - end) * (x + end - 2 * loc) / (2 * scale.square())).exp()
-
-        to_low, to_high = (1 - u) * ratio(low), u * ratio(high)
-        to_loc = 1 - to_low - to_high
-        to_scale = (x - loc - to_low * (low - loc) - to_high * (high - loc)) / scale
-        to_u = scale * mass * ratio(loc.clamp(low, high))
-        return (
-            grad * to_u,
-            grad * to_loc,
-            grad * to_scale,
-            grad * to_low,
-            grad * to_high,
-        )
-
-
-def _tail_offset(u: Tensor, start: Tensor, mass: Tensor) -> Tensor:
-    """How far beyond ``start >= 0`` a share ``u`` of the interval's mass reaches.
-
-    Newton's method on the log of the Gaussian survival function S: that is concave,
-    and the first guess, exact up to Mills' ratio, is never too small, so the iteration
-    falls monotonically to the solution.
-    """
-    log_survival = torch.log1p(-u * mass / _mills(start))
-    drop = -2 * log_survival
-    offset = drop / ((start.square() + drop).sqrt() + start)
-    for _ in range(5):
-        mills = _mills(start + offset)
-        missing = offset * (2 * start + offset) / 2 + log_survival
-        missing = missing + (_mills(start) / mills).log()
-        offset = (offset - missing * mills).clamp(min=0)
-    return offset

@@ -1,4 +1,4 @@
-"""Re-balancing while training goes on."""
+"""Balancing while training goes on."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrvd_pyro.batches import batch_size
+from lrvd_pyro.batches import Batch, batch_size
 from lrvd_pyro.gauge.balancing import Change, rebalance
-from lrvd_pyro.gauge.second_moments import Gramians, Sums, tapped
+from lrvd_pyro.gauge.second_moments import Gramians
+from lrvd_pyro.gauge.token_sums import Sums, tapped
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import GateLoRA
 from lrvd_pyro.optim import Optimizer
@@ -17,17 +18,19 @@ from lrvd_pyro.rank_space.center import center_of
 from lrvd_pyro.selection.optimizer_moments import torch_optimizers
 from lrvd_pyro.selection.removal import check_pair
 
+__all__ = ["BalanceSchedule"]
+
 
 class BalanceSchedule:
     """Moves A and B to the balanced gauge every k steps of training.
 
-    Call `step` after every optimization step. On every m-th step the moments of
-    `gramians` are gathered from the training's own backward pass: with the observed
-    labels, averaged over the guide's noise, the likelihood's factor N/B taken out. They
-    are summed from one balancing to the next.
+    Call `step` after every optimization step. On every m-th step, the second moments of
+    `gramians` are gathered from the training's own backward pass. They belong to the
+    observed labels, are averaged over the guide's noise, and lack the likelihood's
+    factor N/B. They are summed from one balancing to the next.
 
-    Within each module the guide's variances are dealt anew, the smallest to the
-    component of largest t; the prior's own variances and Adam's moments go along. The
+    Within each module the guide's variances are redistributed: the smallest goes to the
+    component of largest t. The prior's own variances and Adam's moments go along. The
     KL stays what it was, and SVI learns the rest. Rows of A keep their length, and
     their moments are carried as `balance` says.
 
@@ -50,13 +53,16 @@ class BalanceSchedule:
         steps: Optimization steps seen.
 
     Raises:
-        TypeError: If the model is no `GateLoRA`, the guide no `RankDiagonal` that holds
-            its gates' mean at 1, or the optimizer none.
+        TypeError: If the model is not a `GateLoRA`, or ``optimizer`` is not an
+            optimizer. If the guide is not a `RankDiagonal` that holds the mean of its
+            gates at 1.
         ValueError: If a count is out of range, or the guide belongs to another model.
 
-    The loss must be in nats per data set, as `RankELBO` gives it: a factor on it, such
-    as 1/k of k micro-batches, is one on every t, and changes no direction. A
-    RankSchedule with ``checks`` above 1 counts by place, which balancing deals anew.
+    The loss must be in nats per data set, as `RankELBO` gives it. A factor on it, such
+    as 1/k of k micro-batches, is a factor on every t and changes no direction.
+
+    Wrong together with a `RankSchedule` of ``checks`` above 1: it counts by place, and
+    balancing redistributes the places.
 
     Source: derived here.
     """
@@ -72,10 +78,11 @@ class BalanceSchedule:
     ) -> None:
         check_pair(model, guide)
         if not isinstance(guide, RankDiagonal) or guide.learn_mean:
+            # Learned means belong to the old components, and nothing gives new ones.
             raise TypeError(
                 f"guide is a {type(guide).__name__} with learn_mean="
-                f"{getattr(guide, 'learn_mean', None)}; the gauge is free for gates of "
-                f"mean 1 alone: GateLoRA(net, ...) and RankDiagonal(model)"
+                f"{getattr(guide, 'learn_mean', None)}; the gauge is free only for "
+                f"gates of mean 1: GateLoRA(net, ...) and RankDiagonal(model)"
             )
         if not 1 <= gather_every <= every:
             raise ValueError(
@@ -85,13 +92,17 @@ class BalanceSchedule:
         self.model, self.guide, self.optimizer = model, guide, optimizer
         self.every, self.gather_every = every, gather_every
         self.steps = 0
-        torch_optimizers(optimizer)  # refuses what is none
+        torch_optimizers(optimizer)  # raises unless it is an optimizer
         self._taps, self._tapping, self._closed = ExitStack(), False, False
         self._forget()
         self._listen()
 
     def step(self) -> dict[str, Change] | None:
-        """Count a step; returns the changes of basis if this one was to balance."""
+        """Count a step, and balance if it is time.
+
+        Returns:
+            The change of basis of each module that moved; None if it was not time.
+        """
         self.steps += 1
         self._unhook()
         changes = None
@@ -99,15 +110,15 @@ class BalanceSchedule:
         if self.steps % self.every == 0 and self._examples:
             space, found = self.model.space, self.found()
             point = center_of(space)
-            moments = found.centered(point) if point else found
-            changes = rebalance(space, moments, self.optimizer, lengths="kept")
+            about = found.centered(point) if point else found
+            changes = rebalance(space, about, self.optimizer, lengths="kept")
             self._deal_noise(changes)
             self._forget()
         self._listen()
         return changes
 
     def found(self) -> Gramians:
-        """The moments gathered since the last balancing."""
+        """The second moments gathered since the last balancing, and the means."""
         modules = self.model.space.modules
         whole = self.model.num_data / max(self._examples, 1)
         gradients = [whole * gram for gram in self._sums.gradients]
@@ -118,12 +129,12 @@ class BalanceSchedule:
         )
 
     def close(self) -> None:
-        """Leave the network as it was without this schedule; no step gathers again."""
+        """Take the hooks off the network; no later step gathers."""
         self._closed = True
         self._unhook()
 
     def state_dict(self) -> dict[str, Any]:
-        """The counters and sums, as JSON has them."""
+        """The counters and sums as numbers and lists, for JSON."""
         sums = self._sums
         return {
             "steps": self.steps,
@@ -136,7 +147,7 @@ class BalanceSchedule:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken, on a model pruned as that one was.
+        """Continue where `state_dict` was taken, on a model pruned as that one was.
 
         Raises:
             ValueError: If the model has other ranks.
@@ -144,7 +155,8 @@ class BalanceSchedule:
         if tuple(state["ranks"]) != self.model.space.ranks:
             raise ValueError(
                 f"the saved schedule knows modules of ranks {state['ranks']} and the "
-                f"model has {list(self.model.space.ranks)}; restore the model first"
+                f"model has ranks {list(self.model.space.ranks)}; restore the model "
+                f"first"
             )
         self._unhook()
         self._forget()
@@ -156,6 +168,7 @@ class BalanceSchedule:
         self._listen()
 
     def _forget_if_pruned(self) -> None:
+        """Start the sums again if the ranks that they belong to are gone."""
         if self._sums.ranks != self.model.space.ranks:
             self._forget()
 
@@ -163,9 +176,11 @@ class BalanceSchedule:
         self._sums, self._examples = Sums(self.model.space.ranks), 0
 
     def _listen(self) -> None:
-        """Tap the next step if it is one to gather on."""
+        """Gather on the next step if it is an m-th one."""
         if self._closed or (self.steps + 1) % self.gather_every:
             return
+        # A hook on the model sets the taps: only the pass itself shows whether it
+        # trains or evaluates. The steps in between run without any hook.
         hook = self.model.register_forward_pre_hook(self._tap, with_kwargs=True)
         self._taps.callback(hook.remove)
 
@@ -173,30 +188,39 @@ class BalanceSchedule:
         self._taps.close()
         self._tapping = False
 
-    def _tap(self, model: nn.Module, args: Any, batch: dict[str, Any]) -> None:
-        if not torch.is_grad_enabled():
+    def _tap(self, model: nn.Module, args: tuple[object, ...], batch: Batch) -> None:
+        if not torch.is_grad_enabled():  # an evaluation of the loss
             return
         self._forget_if_pruned()
         self._size = batch_size(batch)
         self._examples += self._size
-        if not self._tapping:  # micro-batches of one step share their taps
+        # Micro-batches of one step share their taps: a second tap would count twice.
+        if not self._tapping:
             self._taps.enter_context(tapped(self.model, self._add))
             self._tapping = True
 
     def _add(self, index: int, h: Tensor, g: Tensor) -> None:
+        # The loss scales the log likelihood of B examples by N/B.
         self._sums.add(index, h, g * (self._size / self.model.num_data))
 
     @torch.no_grad()
     def _deal_noise(self, changes: dict[str, Change]) -> None:
+        """Give the smallest variance of each module to the component of largest t."""
         guide, space = self.guide, self.model.space
         for site in guide.held:
             which = list(guide.families).index(site)
             vectors = [guide.by_site(v)[which] for v in self._moved(guide.log_variance)]
+            # Components stand by falling t now. ``deal`` is a permutation of all of
+            # them, written through its views by module.
             deal = torch.arange(space.size, device=vectors[0].device)
             places = space.split(deal).items()
-            for (module, place), own in zip(places, space.split(vectors[0]).values()):
+            for (module, place), log_variance in zip(
+                places, space.split(vectors[0]).values()
+            ):
                 if module in changes:
-                    place.copy_(place[own.argsort()])
+                    place.copy_(place[log_variance.argsort()])
+            # A prior may own a variance per rank, as ARD does: the KL of a component
+            # depends on both, so they move together.
             if isinstance(self.model.prior, nn.Module):
                 for parameter in self.model.prior.parameters():
                     if parameter.shape == deal.shape:
@@ -205,7 +229,7 @@ class BalanceSchedule:
                 vector.copy_(vector[deal])
 
     def _moved(self, parameter: Tensor) -> list[Tensor]:
-        """A parameter's data and its moments."""
+        """A parameter's data, and the optimizer's moments of it."""
         moments = [
             moment
             for optim in torch_optimizers(self.optimizer)

@@ -1,6 +1,7 @@
 """The true evidence lower bound, and what it needs of programs and parameters.
 
-It knows neither PEFT nor the network.
+The package knows neither PEFT nor the network. A new estimator is a subclass of Pyro's
+``ELBO``, as `RankELBO` is. A new closed-form KL goes to `lrvd_pyro.distributions`.
 """
 
 from lrvd_pyro.inference.elbo import RankELBO, linear_warmup

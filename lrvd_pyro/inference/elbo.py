@@ -15,7 +15,7 @@ from pyro.infer.util import zero_grads
 from pyro.poutine import Trace
 from torch import Tensor
 
-from lrvd_pyro.batches import batch_size
+from lrvd_pyro.batches import Batch, batch_size
 from lrvd_pyro.inference.gradient_checks import (
     NO_GRADIENT,
     NO_NOISE,
@@ -26,12 +26,21 @@ from lrvd_pyro.inference.gradient_checks import (
 from lrvd_pyro.inference.kl import divergence, scaled_log_prob
 from lrvd_pyro.inference.param_store import check_name_is_free
 from lrvd_pyro.inference.per_example import Multiplicities, PerExample
+from lrvd_pyro.inference.programs import Guide, Program
 
-Terms = dict[str, Any]
+__all__ = ["RankELBO", "linear_warmup"]
+
+_Args = tuple[object, ...]
 
 
 def linear_warmup(steps: int) -> Callable[[int], float]:
     """A KL weight that rises linearly from 0 at step 0 to 1 at step ``steps``.
+
+    Args:
+        steps: The length of the warm-up in optimization steps; at 0 the weight is 1.
+
+    Returns:
+        A function of the step, for ``RankELBO(kl_weight=...)``. It can be pickled.
 
     Raises:
         ValueError: If ``steps`` is negative.
@@ -41,7 +50,8 @@ def linear_warmup(steps: int) -> Callable[[int], float]:
     """
     if steps < 0:
         raise ValueError(
-            f"steps={steps}; expected the length of the warm-up, 0 or more"
+            f"steps={steps}; expected the length of the warm-up, 0 or more: "
+            f"linear_warmup(500)"
         )
     return partial(_rise, steps)
 
@@ -53,38 +63,43 @@ def _rise(steps: int, step: int) -> float:
 class RankELBO(TraceMeanField_ELBO):
     """The negative evidence lower bound, in nats per data set.
 
-    ``loss = -(N/B) sum_b E_q[log p(y_b | z)] + kl_weight * KL(q(z) || p(z))``, the KL
-    in closed form wherever one is registered, otherwise estimated from the same draws,
-    which one warning says (Pyro's AutoGuides over a joint latent always).
-    ``kl_weight=1`` is the true ELBO. A site with a multiplicity, as that of
-    ``LogUniform(multiplicity=w)``, has w times its KL.
+    ``loss = -(N/B) sum_b E_q[log p(y_b | z)] + kl_weight * KL(q(z) || p(z))``, of which
+    ``kl_weight=1`` is the true ELBO.
 
-    Use it as any Pyro loss, ``SVI(model, guide, optim, loss=RankELBO())``, or with a
-    torch optimizer on the module ``RankELBO()(model, guide)``.
+    The KL has its closed form wherever one is registered. Otherwise it is estimated
+    from the same draws, and one warning says so. AutoGuides over a joint latent are
+    always estimated. A site of multiplicity w, as under ``LogUniform(multiplicity=w)``,
+    counts w times its KL.
 
-    Wrong, as its parent, when a latent's parents in the model descend from it in the
-    guide; a mean-field guide never does that.
+    Example::
+
+        svi = SVI(model, guide, optim, loss=RankELBO())
+        svi.step(**batch)
+        loss = RankELBO()(model, guide)      # the same as a module, for torch
+        loss(**batch).backward()
+
+    Wrong, as its parent class is, when a latent's parents in the model descend from it
+    in the guide. A mean-field guide never has such parents.
 
     Args:
         kl_weight: A number, or a function of the optimization step, counted from 0.
-        noise: "example" draws the latents once per example of the batch, "batch" once.
-            Both are unbiased. In a regression with batches of 8 out of 96, the variance
-            of d loss / d log alpha per example over that per batch was 0.9 to 1.1 at
-            log alpha -6 to -4, 0.8 to 0.9 at -2, 0.7 to 1.0 at 0, 0.3 to 0.5 beyond.
-        num_particles: Independent draws to average over.
+        noise: "example" draws the latents once per example of the batch, "batch" once
+            for the whole batch. Both are unbiased. Once per example, the gradient of
+            log alpha has the lower variance where the noise is large; see
+            examples/results/README.md.
+        num_particles: The number of independent draws to average over.
 
     Attributes:
-        step: Optimization losses computed so far: calls with gradients enabled,
-            `SVI.evaluate_loss` not counted. May be set.
-        terms: Of the last loss, detached tensors in nats per data set:
-            ``log_likelihood``; ``kl``, a dict with ``total`` and one entry per latent
-            site, or ``joint`` where guide and model do not pair site by site;
-            ``kl_weight``; and ``weight_prior``, where the model has one: a log density
-            that is weighted as the KL is.
+        step: The number of optimization losses so far: calls with gradients enabled, so
+            `SVI.evaluate_loss` is not counted. The attribute may be set.
+        terms: The terms of the last loss: detached tensors, in nats per data set.
+            ``log_likelihood``, ``kl_weight`` and ``kl``: a dict with ``total`` and one
+            entry per latent site, or ``joint`` where the sites do not pair. A model's
+            ``weight_prior`` is a log density, weighted as the KL is.
 
     Raises:
-        ValueError: If an option is none of these, the sites of guide and model do not
-            match, or the loss is not finite (from `SVI.step`, or from `check`).
+        ValueError: If an option is out of range, or the sites of guide and model do not
+            match. If the loss is not finite: from `SVI.step`, or from `check`.
         TypeError: If the batch holds no tensor.
     """
 
@@ -109,11 +124,13 @@ class RankELBO(TraceMeanField_ELBO):
         self.kl_weight = kl_weight
         self.noise = noise
         self.step = 0
-        self.terms: Terms = {}
+        self.terms: dict[str, Any] = {}
         self._reach_checked = False
         self._warned: set[str] = set()
+        # Weak: a loss that outlives a guide must not keep its network in memory.
         self._set_up: weakref.WeakSet[Any] = weakref.WeakSet()
 
+    # A WeakSet cannot be pickled; a guide that is set up twice takes no harm.
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_set_up": None}
 
@@ -121,46 +138,50 @@ class RankELBO(TraceMeanField_ELBO):
         self.__dict__.update(state, _set_up=weakref.WeakSet())
 
     def state_dict(self) -> dict[str, int]:
-        """The step."""
+        """What `load_state_dict` takes: the step, which sets the KL weight."""
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on counting where `state_dict` was taken."""
+        """Continue the count of steps where `state_dict` was taken."""
         self.step = state["step"]
 
-    def loss(self, model: Any, guide: Any, *args: Any, **kwargs: Any) -> float:
-        """An estimate of the loss."""
+    def loss(
+        self, model: Program, guide: Guide, *args: object, **kwargs: object
+    ) -> float:
+        """Estimate the loss without gradients, in nats per data set."""
         with torch.no_grad():
             loss = float(self.differentiable_loss(model, guide, *args, **kwargs))
         self.check()
         return loss
 
     def differentiable_loss(
-        self, model: Any, guide: Any, *args: Any, **kwargs: Any
+        self, model: Program, guide: Guide, *args: object, **kwargs: object
     ) -> Tensor:
-        """An estimate of the loss with its graph.
+        """Estimate the loss with its graph, in nats per data set.
 
-        It does not wait for the device, once Pyro's validation is off
-        (``pyro.enable_validation(False)``): that reads the labels.
+        The call never waits for the device once Pyro's validation, which reads the
+        labels, is off: ``pyro.enable_validation(False)``.
         """
         particles = self._particles(model, guide, args, kwargs)
         return torch.stack([loss for loss, _ in particles]).sum()
 
     def loss_and_grads(
-        self, model: Any, guide: Any, *args: Any, **kwargs: Any
+        self, model: Program, guide: Guide, *args: object, **kwargs: object
     ) -> float:
-        """An estimate of the loss; gradients are added to those of the parameters."""
+        """Estimate the loss, and add its gradients to those of the parameters."""
         losses: list[Tensor] = []
         params: set[Tensor] = set()
-        for loss, found in self._particles(model, guide, args, kwargs):
+        # One backward pass a particle: one graph at a time is in memory.
+        for loss, particle_params in self._particles(model, guide, args, kwargs):
             if loss.requires_grad:
                 loss.backward()
             losses.append(loss.detach())
-            params.update(found.values())
+            params.update(particle_params.values())
+        # The only reading of a step: a float for each particle would wait each time.
         value = float(torch.stack(losses).sum())
         if not math.isfinite(value):
             zero_grads(params)
-            self._refuse_infinite("the parameters are as they were before this step. ")
+            self._refuse_infinite("The parameters are as they were before this step. ")
         return value
 
     def check(self) -> None:
@@ -178,15 +199,15 @@ class RankELBO(TraceMeanField_ELBO):
         for name, value in (self.terms | kl).items():
             if name != "kl" and not bool(torch.isfinite(value)):
                 raise ValueError(
-                    f"{name} is {float(value)} at step {max(self.step - 1, 0)}; {note}"
+                    f"{name} is {float(value)} at step {max(self.step - 1, 0)}. {note}"
                     f"Lower the learning rate, clip the gradients "
                     f"(lrvd_pyro.optim.AdamW(clip_norm=...)), or look at this batch"
                 )
 
     def _particles(
-        self, model: Any, guide: Any, args: Any, kwargs: Any
+        self, model: Program, guide: Guide, args: _Args, kwargs: Batch
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """For each particle its share of the loss, and the parameters it read."""
+        """For each particle its share of the loss, and the parameters that it read."""
         given = self.kl_weight
         weight = float(given(self.step) if callable(given) else given)
         terms: dict[str, Tensor] = {}
@@ -200,43 +221,47 @@ class RankELBO(TraceMeanField_ELBO):
             prior = total - observed.get("weight_prior", 0.0)
             loss = weight * prior - observed.get("log_likelihood", 0.0)
             if "log_likelihood" in observed and torch.is_grad_enabled():
+                # Once only, since the check walks the whole graph.
                 if not self._reach_checked:
                     fit = observed["log_likelihood"] + hierarchy(model_trace)
                     warn_of_unreached(fit, guide_trace, NO_NOISE)
                     warn_of_unreached(loss, model_trace, NO_GRADIENT)
                 self._reach_checked = True
             yield loss / self.num_particles, parameters(model_trace, guide_trace)
-        self.terms = terms | {
-            "kl": divergences,
-            "kl_weight": torch.tensor(weight),
-        }
+        self.terms = terms | {"kl": divergences, "kl_weight": torch.tensor(weight)}
         self.step += torch.is_grad_enabled()
 
     def _run(
-        self, model: Any, guide: Any, args: Any, kwargs: Any
+        self, model: Program, guide: Guide, args: _Args, kwargs: Batch
     ) -> tuple[Trace, Trace, dict[str, Tensor]]:
-        """One draw: the two traces and the divergences of the sites."""
+        """One draw: the traces of model and guide, and the divergence of each site."""
         once: tuple[Any, Any] = ({}, {})
         size = 1
         self._set_up_guide(guide, args, kwargs)
         if self.noise == "example":
             size = batch_size(kwargs)
-            shared = PerExample(size), PerExample(size)
-            model, guide = shared[0](model), shared[1](guide)
-            once = shared[0].unexpanded, shared[1].unexpanded
+            # Each program is wrapped by itself, and before replay. From outside, replay
+            # would carry the guide's expanded sites into the model: a wrong loss.
+            wrappers = PerExample(size), PerExample(size)
+            model, guide = wrappers[0](model), wrappers[1](guide)
+            once = wrappers[0].unexpanded, wrappers[1].unexpanded
         multiplicities = Multiplicities()
         model = multiplicities(model)
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         replayed = poutine.replay(model, trace=guide_trace)
         model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
         kl, estimated = divergence(
-            model_trace, guide_trace, once, size, multiplicities.found
+            model_trace, guide_trace, once, size, multiplicities.by_site
         )
         self._warn_of_estimates(estimated)
         return model_trace, guide_trace, kl
 
-    def _set_up_guide(self, guide: Any, args: Any, kwargs: Any) -> None:
-        """Let an AutoGuide make its parameters before latents are drawn per example."""
+    def _set_up_guide(self, guide: Guide, args: _Args, kwargs: Batch) -> None:
+        """Make an AutoGuide's parameters before latents are drawn per example.
+
+        An AutoGuide sizes its parameters by the latents of its first call. Latents that
+        are drawn per example would give them a batch axis.
+        """
         if guide not in self._set_up:
             check_name_is_free(guide)
             with torch.random.fork_rng(), poutine.block():
@@ -254,12 +279,13 @@ class RankELBO(TraceMeanField_ELBO):
 
 
 def _observed(trace: Trace) -> dict[str, Tensor]:
-    """The log likelihood and the weight prior, where there is one."""
+    """The log likelihood, and the weight prior if there is one, in nats."""
     terms: dict[str, Any] = {}
     nodes: dict[str, Any] = trace.nodes
     for site in nodes.values():
         if site["type"] != "sample" or not site["is_observed"]:
             continue
+        # pyro.deterministic is an observed Delta, of log density 0.
         if site["infer"].get("_deterministic"):
             continue
         is_prior = site["infer"].get("is_weight_prior")

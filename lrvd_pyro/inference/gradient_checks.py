@@ -9,18 +9,32 @@ from torch import Tensor
 
 from lrvd_pyro.inference.kl import latent_sites
 
+__all__ = [
+    "NO_GRADIENT",
+    "NO_NOISE",
+    "hierarchy",
+    "parameters",
+    "warn_of_unreached",
+]
+
 NO_NOISE = (
     "the likelihood has no gradient for the guide's parameters {}: the noise is off, "
     "and the KL alone would train them"
 )
 NO_GRADIENT = (
-    "the loss has no gradient for the model's parameters {}: they stay as they are; "
-    "was the guide built on this model?"
+    "the loss has no gradient for the model's parameters {}: they stay as they are. "
+    "If the guide was built on another model, build it on this one: RankDiagonal(model)"
 )
 
 
 def warn_of_unreached(result: Tensor, trace: Trace, message: str) -> None:
-    """Name the parameters in ``trace`` that ``result`` does not depend on."""
+    """Warn of the parameters in ``trace`` that ``result`` does not depend on.
+
+    Args:
+        result: A tensor with its graph.
+        trace: A run of the program that reads the parameters.
+        message: The warning, with ``{}`` where the names go.
+    """
     reached = _leaves(result)
     unreached = [
         name
@@ -32,7 +46,11 @@ def warn_of_unreached(result: Tensor, trace: Trace, message: str) -> None:
 
 
 def hierarchy(trace: Trace) -> Tensor:
-    """A function of the draws that other draws' densities depend on."""
+    """The sum of latent log densities at detached values, in nats.
+
+    Its gradient reaches parents only: the draws that other draws' densities depend on.
+    """
+    # With its graph, each value would count as reached by its own density.
     densities = [
         site["fn"].log_prob(site["value"].detach()).sum()
         for site in latent_sites(trace).values()
@@ -42,18 +60,20 @@ def hierarchy(trace: Trace) -> Tensor:
 
 def parameters(*traces: Trace) -> dict[str, Tensor]:
     """The unconstrained parameters that programs read, by name."""
-    found: dict[str, Any] = {}
+    unconstrained: dict[str, Any] = {}
     for trace in traces:
         for name, site in trace.nodes.items():
             if site["type"] == "param":
                 value = site["value"]
+                # A constrained value is computed from the leaf that is trained.
                 get = getattr(value, "unconstrained", None)
-                found[name] = value if get is None else get()
-    return found
+                unconstrained[name] = value if get is None else get()
+    return unconstrained
 
 
 def _leaves(result: Tensor) -> set[Tensor]:
     """The leaf tensors that ``result`` was computed from."""
+    # The graph is walked with a stack: a deep network exceeds the recursion limit.
     leaves, seen, stack = set(), set(), [result.grad_fn]
     while stack:
         node = stack.pop()

@@ -7,32 +7,30 @@ import torch
 from pyro.distributions import Delta, LogNormal, constraints
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Distribution, Independent, kl_divergence
+from torch.distributions.constraints import Constraint
 
 from lrvd_pyro.distributions import LogUniform
+from lrvd_pyro.inference.programs import Site, is_latent
 
-Site = Any
-Unexpanded = Mapping[str, Distribution]
+__all__ = ["divergence", "family", "latent_sites", "scaled_log_prob"]
 
-GAUSSIAN = {"Normal", "MultivariateNormal", "LowRankMultivariateNormal"}
+_Unexpanded = Mapping[str, Distribution]
+_Factor = float | Tensor | None  # a site's scale or mask
+
+_GAUSSIAN = {"Normal", "MultivariateNormal", "LowRankMultivariateNormal"}
 
 
 def latent_sites(trace: Trace) -> dict[str, Site]:
     """The sample sites of a trace that are neither observed nor subsample indices."""
-    nodes: dict[str, Site] = trace.nodes
-    return {
-        name: site
-        for name, site in nodes.items()
-        if site["type"] == "sample"
-        and not site["is_observed"]
-        and not site_is_subsample(site)
-    }
+    nodes: dict[str, Any] = trace.nodes
+    samples = {name: site for name, site in nodes.items() if site["type"] == "sample"}
+    return {name: site for name, site in samples.items() if is_latent(site)}
 
 
 def scaled_log_prob(site: Site) -> Tensor:
-    """The log density of a site's value under its scale and mask, summed; nats."""
+    """The log density of a site's value under its scale and mask, summed, in nats."""
     log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
     total: Tensor = scale_and_mask(log_prob, site["scale"], site["mask"]).sum()
     return total
@@ -41,33 +39,33 @@ def scaled_log_prob(site: Site) -> Tensor:
 def divergence(
     model_trace: Trace,
     guide_trace: Trace,
-    once: tuple[Unexpanded, Unexpanded] = ({}, {}),
+    once: tuple[_Unexpanded, _Unexpanded] = ({}, {}),
     copies: int = 1,
     multiplicities: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """``KL(guide || model)`` in nats: per site, or joint.
 
-    A guide that draws an auxiliary site ``<name>_unconstrained`` for each latent one
-    (Pyro's AutoNormal) is read as drawing the latent itself. Other auxiliary sites
-    (Pyro's AutoGuides over one joint latent) make one entry, ``joint``. A Delta site
-    counts the log density that it carries.
+    A guide may draw an auxiliary site ``<name>_unconstrained`` for each latent site, as
+    Pyro's AutoNormal does. Such a pair is read as a draw of the latent site itself. All
+    other auxiliary sites, as of AutoGuides over one joint latent, share one entry,
+    ``joint``. A Delta site counts the log density that it carries.
 
     Args:
-        model_trace: Of the model, replayed against the guide.
-        guide_trace: Of the guide.
+        model_trace: A run of the model, replayed against the guide.
+        guide_trace: A run of the guide.
         once: For model and guide, the distributions before they were expanded over
-            ``copies`` examples: where both are there, their KL is computed once.
-        copies: How many examples share such a distribution.
-        multiplicities: How often the KL of a site counts, if not once.
+            ``copies`` examples. A site in both has its KL computed once.
+        copies: The number of examples that share such a distribution.
+        multiplicities: How often the KL of a site counts; 1 where none is given.
 
     Returns:
         The divergences; and for each site whose part is a Monte Carlo estimate, the
         families of guide and model there.
 
     Raises:
-        ValueError: If guide and model do not have the same latent sites, a guide site
-            is not reparameterized, the two scale a site differently, a site with the
-            log-uniform prior is not drawn from a Gaussian, or a joint guide covers
+        ValueError: If guide and model do not have the same latent sites, or scale a
+            site differently. If a guide site is not reparameterized. If a site with the
+            log-uniform prior is not drawn from a Gaussian. If a joint guide covers
             sites of different multiplicity.
     """
     model_sites, guide_sites = latent_sites(model_trace), latent_sites(guide_trace)
@@ -81,6 +79,8 @@ def divergence(
     estimated: dict[str, str] = {}
     for name, guide_site in guide_sites.items():
         closed = None
+        # Pyro's KL of a Delta drops its log density, and with it the Jacobian by which
+        # AutoGuides map to a positive site. So a Delta is estimated from its draw.
         if name not in auxiliary and not isinstance(guide_site["fn"], Delta):
             closed = _closed_form(name, model_sites[name], guide_site, once, copies)
         if closed is not None:
@@ -98,40 +98,45 @@ def divergence(
 
 
 def _paired(
-    model_sites: dict[str, Site], guide_sites: dict[str, Site], once: Unexpanded
-) -> tuple[dict[str, Site], Unexpanded]:
-    """Pairs ``<name>_unconstrained``, ``<name>`` of a guide as one site each."""
-    guide_sites, once = dict(guide_sites), dict(once)
+    model_sites: dict[str, Site], guide_sites: dict[str, Site], once: _Unexpanded
+) -> tuple[dict[str, Site], _Unexpanded]:
+    """The guide's sites, each pair ``<name>_unconstrained``, ``<name>`` made one."""
+    guide_sites, unexpanded = dict(guide_sites), dict(once)
     for name in guide_sites.keys() & model_sites.keys():
-        given = f"{name}_unconstrained"
+        auxiliary = f"{name}_unconstrained"
         support = model_sites[name]["fn"].support
-        if given in guide_sites and _constrained(guide_sites[given]["fn"], support):
-            fn = _constrained(guide_sites.pop(given)["fn"], support)
+        if auxiliary not in guide_sites:
+            continue
+        if fn := _constrained(guide_sites[auxiliary]["fn"], support):
+            del guide_sites[auxiliary]
             guide_sites[name] = {**guide_sites[name], "fn": fn}
-            if given in once:
-                once[name] = _constrained(once[given], support)
-    return guide_sites, once
+            if before := _constrained(unexpanded.get(auxiliary), support):
+                unexpanded[name] = before
+    return guide_sites, unexpanded
 
 
-def _constrained(q: Any, support: Any) -> Any:
-    """The distribution of ``biject_to(support)(x)``, x ~ q, where it has a name."""
+def _constrained(q: Distribution | None, support: Constraint) -> Distribution | None:
+    """The distribution of ``biject_to(support)(x)``, x ~ q, if it has a name."""
     support = getattr(support, "base_constraint", support)
-    if family(q) != "Normal":
+    if q is None or family(q) != "Normal":
         return None
     if support is constraints.real:
         return q
     if support in (constraints.positive, constraints.nonnegative):
-        normal, dims = (q.base_dist, q.event_dim) if q.event_dim else (q, 0)
-        return LogNormal(normal.loc, normal.scale).to_event(dims)
+        # Closed forms are registered by class, and none for a TransformedDistribution.
+        base: Any = q.base_dist if isinstance(q, Independent) else q
+        dims = len(q.event_shape)
+        positive: Distribution = LogNormal(base.loc, base.scale).to_event(dims)
+        return positive
     return None
 
 
 def _common(weights: dict[str, float], auxiliary: set[str]) -> float:
-    """The multiplicity of what a joint guide covers."""
+    """The multiplicity of all sites that a joint guide covers."""
     if auxiliary and len(set(weights.values())) > 1:
         raise ValueError(
-            f"a joint guide covers sites of the multiplicities {weights}, whose terms "
-            f"cannot be told apart; use a guide per site, RankDiagonal(model)"
+            f"a joint guide covers sites of the multiplicities {weights}, but its one "
+            f"density has no part for each site; use RankDiagonal(model)"
         )
     return max(weights.values(), default=1.0)
 
@@ -140,10 +145,13 @@ def _closed_form(
     name: str,
     model_site: Site,
     guide_site: Site,
-    once: tuple[Unexpanded, Unexpanded],
+    once: tuple[_Unexpanded, _Unexpanded],
     copies: int,
 ) -> Tensor | None:
+    """The KL of one site in nats; None if no closed form is registered."""
     p, q, scale = model_site["fn"], guide_site["fn"], guide_site["scale"]
+    # One copy instead of B equal ones, each of scale 1/B: over all weights of an
+    # adapter the expanded KL would take most of a step.
     if name in once[0] and name in once[1]:
         p, q, scale = once[0][name], once[1][name], scale * copies
     try:
@@ -155,7 +163,7 @@ def _closed_form(
 
 
 def _match(model_sites: dict[str, Site], guide_sites: dict[str, Site]) -> set[str]:
-    """Check that the sites pair up; returns the guide's auxiliary ones."""
+    """Check that the sites pair up; returns the names of the auxiliary sites."""
     auxiliary = {n for n, s in guide_sites.items() if s["infer"].get("is_auxiliary")}
     if model_sites.keys() != guide_sites.keys() - auxiliary:
         raise ValueError(
@@ -182,15 +190,18 @@ def _match_pair(name: str, model_site: Site, guide_site: Site) -> None:
             f"{p.event_dim} in the model; write .to_event({p.event_dim}) in the guide"
         )
     for what in ("scale", "mask"):
-        ours, theirs = guide_site[what], model_site[what]
-        if ours is not theirs and not _equal(ours, theirs):
+        # A closed-form KL takes these from the guide alone, so that a scale in the
+        # model alone would change nothing. Identity first: values wait for the device.
+        in_guide, in_model = guide_site[what], model_site[what]
+        if in_guide is not in_model and not _equal(in_guide, in_model):
             raise ValueError(
-                f"site {name!r} has {what} {ours} in the guide and {theirs} in the "
-                f"model; wrap both, or temper with RankELBO(kl_weight=...)"
+                f"site {name!r} has {what} {in_guide} in the guide and {in_model} in "
+                f"the model; wrap both, or temper with RankELBO(kl_weight=...)"
             )
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _equal(one: _Factor, other: _Factor) -> bool:
+    """Whether two scales, or two masks, have the same values."""
     if one is None or other is None:
         return False
     if isinstance(one, float) and isinstance(other, float):
@@ -204,10 +215,11 @@ def _refuse_unbounded(
 ) -> None:
     """Raise for pairs whose KL has no minimum.
 
-    KL(q || 1/|z|) falls without bound for a point mass, or a positive q near 0; so does
-    that of a point mass from a density whose scale can shrink with it.
+    ``KL(q || 1/|z|)`` falls without bound for a point mass, or for a positive q near 0.
+    The KL of a point mass also does, from a density whose scale can shrink with it.
     """
     for name, site in model_sites.items():
+        # Joint AutoGuides draw their auxiliary sites and put a Delta at each latent.
         drawn = {name}
         if auxiliary and isinstance(guide_sites[name]["fn"], Delta):
             drawn = auxiliary
@@ -215,22 +227,22 @@ def _refuse_unbounded(
         if drawn == auxiliary and _point_masses(guide_sites, auxiliary):
             families.add("Delta")
         reason = ""
-        if family(site["fn"]) == LogUniform.__name__ and families - GAUSSIAN:
+        if family(site["fn"]) == LogUniform.__name__ and families - _GAUSSIAN:
             reason = "a log-uniform prior"
         elif families == {"Delta"} and _shrinks(site["fn"], in_logs=drawn == auxiliary):
             reason = "a prior with a learned or latent scale"
         if reason:
             raise ValueError(
                 f"site {name!r} has {reason}, under which the KL of "
-                f"{sorted(families - GAUSSIAN)} has no minimum; use a Gaussian guide, "
+                f"{sorted(families - _GAUSSIAN)} has no minimum; use a Gaussian guide, "
                 f"RankDiagonal(model), or another proper prior"
             )
 
 
-def _shrinks(p: Any, *, in_logs: bool) -> bool:
+def _shrinks(p: Distribution, *, in_logs: bool) -> bool:
     """Whether a density grows without bound as its scale and a point fall to 0.
 
-    In the logarithm of a positive site it does not.
+    The density of the logarithm of a positive site does not.
     """
     base = p.base_dist if isinstance(p, Independent) else p
     scale = getattr(base, "scale", None)
@@ -240,12 +252,15 @@ def _shrinks(p: Any, *, in_logs: bool) -> bool:
 
 
 def _point_masses(guide_sites: dict[str, Site], auxiliary: set[str]) -> bool:
-    """Whether the Delta sites have more components than auxiliary sites give them."""
+    """Whether Delta sites have more components than the auxiliary sites have.
+
+    Some Delta is then a point estimate, and not a function of an auxiliary draw.
+    """
     deltas = [s for s in guide_sites.values() if isinstance(s["fn"], Delta)]
-    given = sum(guide_sites[name]["value"].numel() for name in auxiliary)
-    return bool(sum(site["value"].numel() for site in deltas) > given)
+    drawn = sum(guide_sites[name]["value"].numel() for name in auxiliary)
+    return bool(sum(site["value"].numel() for site in deltas) > drawn)
 
 
-def family(fn: Any) -> str:
+def family(fn: Distribution) -> str:
     """The name of a distribution's class, whatever its event dimensions."""
     return family(fn.base_dist) if isinstance(fn, Independent) else type(fn).__name__

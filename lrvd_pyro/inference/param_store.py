@@ -1,4 +1,4 @@
-"""Root Pyro modules with names of their own, so that two of them both train."""
+"""Root Pyro modules under unique names, so that two of them both train."""
 
 import itertools
 from typing import Any, TypeVar
@@ -14,6 +14,16 @@ from lrvd_pyro._compat.pyro import (
     rename,
     start_as_root,
 )
+from lrvd_pyro.inference.programs import Guide
+
+__all__ = [
+    "FreezableModule",
+    "UniqueModule",
+    "check_name_is_free",
+    "check_registered",
+    "give_own_name",
+    "waits_for_first_call",
+]
 
 _numbers = itertools.count()
 
@@ -21,7 +31,8 @@ _numbers = itertools.count()
 class FreezableModule(PyroModule):
     """A PyroModule whose frozen parameters stay frozen.
 
-    Pyro's store sets ``requires_grad`` of whatever it registers, on first use.
+    Pyro's store sets ``requires_grad`` on every parameter that it registers. Reading an
+    attribute registers it, so a frozen parameter is read past Pyro.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -32,16 +43,17 @@ class FreezableModule(PyroModule):
 
 
 class UniqueModule(FreezableModule):
-    """A root PyroModule under a name that no other object of this process bears.
+    """A root PyroModule under a name that no other object of this process has.
 
-    Pyro's store keeps parameters by name; a second root of the same name would be
-    handed the first one's parameters and train nothing. Copies and unpickled objects
-    get a new name too. A subclass that lacks an abstract method cannot be made.
+    Pyro's store keeps parameters by name. A second root of the same name would be
+    handed the parameters of the first one, and would train nothing. Copies and
+    unpickled objects therefore get a new name too. A subclass that lacks an abstract
+    method cannot be made.
     """
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        # As ABCMeta does; PyroModule has a metaclass of its own already.
+        # ABCMeta would do this, but PyroModule has a metaclass of its own already.
         cls.__abstractmethods__ = frozenset(  # type: ignore[attr-defined]
             name
             for name in dir(cls)
@@ -59,24 +71,35 @@ class UniqueModule(FreezableModule):
     def release(self) -> None:
         """Take this module's parameters out of Pyro's store; they keep their values.
 
-        Pyro's store holds every parameter it has seen until told otherwise: call this
-        when an object in a sweep or a notebook is done with. (A model's hooks stay on
-        its network until ``model.space.close()``.)
+        The store holds every parameter that it has seen. Call this when a sweep or a
+        notebook has done with the object. A model's hooks stay on its network until
+        ``model.space.close()``.
         """
         store = pyro.get_param_store()
         for name in list(store.keys()):
+            # Pyro ends a module's name by "." for PyroModules and by "$$$" for others.
             if name.startswith((f"{name_of(self)}.", f"{name_of(self)}$$$")):
                 del store[name]
 
 
-Root = TypeVar("Root", bound=nn.Module)
+_Root = TypeVar("_Root", bound=PyroModule)
 
 
-def give_own_name(root: Root) -> Root:
-    """The same root module, under a name that no other object of this process bears.
+def give_own_name(root: _Root) -> _Root:
+    """Give a root module a name that no other object of this process has.
 
-    For Pyro's AutoGuides, which all bear the name of their class, before their first
-    call.
+    Call it on Pyro's AutoGuides before their first call: an AutoGuide has the name of
+    its class, and so has every other guide of that class.
+
+    Example::
+
+        guide = give_own_name(AutoNormal(model))
+
+    Args:
+        root: A module that is not part of another PyroModule.
+
+    Returns:
+        The same module.
     """
     rename(root, _new_name(root))
     return root
@@ -86,18 +109,18 @@ def _new_name(root: nn.Module) -> str:
     return f"{type(root).__name__}_{next(_numbers)}"
 
 
-def waits_for_first_call(guide: Any) -> bool:
+def waits_for_first_call(guide: object) -> bool:
     """Whether a guide is an AutoGuide that has no parameters yet."""
     return getattr(guide, "prototype_trace", ()) is None
 
 
-def check_name_is_free(guide: Any) -> None:
-    """Raise if Pyro's store would hand a guide the parameters of another one.
+def check_name_is_free(guide: Guide) -> None:
+    """Raise if Pyro's store would hand a guide the parameters of another guide.
 
-    That of an AutoGuide made earlier, or of the one that this is a copy of.
+    The other one is an AutoGuide made earlier, or the original of a copy.
 
     Raises:
-        RuntimeError: With the way out.
+        RuntimeError: With the parameters and the call that mends it.
     """
     if not isinstance(guide, PyroModule) or isinstance(guide, UniqueModule):
         return
@@ -105,8 +128,9 @@ def check_name_is_free(guide: Any) -> None:
     if waits_for_first_call(guide):
         taken = [key for key in store.keys() if key.startswith(f"{name}.")]
     else:
-        own = guide.named_parameters()
-        keys = {f"{name}.{n.removesuffix('_unconstrained')}": p for n, p in own}
+        # The guide has parameters: under its keys the store must hold those very ones.
+        parameters = guide.named_parameters()
+        keys = {f"{name}.{n.removesuffix('_unconstrained')}": p for n, p in parameters}
         held = held_parameters()
         taken = [key for key, p in keys.items() if held.get(key, p) is not p]
     if taken:
@@ -121,10 +145,10 @@ def check_name_is_free(guide: Any) -> None:
 def check_registered(name: str, parameter: nn.Parameter) -> None:
     """Raise if Pyro's store holds another tensor under a parameter's name.
 
-    SVI trains the tensor in the store; this one would stay as it is.
+    SVI trains the tensor in the store; the given parameter would stay as it is.
 
     Raises:
-        RuntimeError: With the name and the way out.
+        RuntimeError: With the name and the call that mends it.
     """
     store: Any = pyro.get_param_store()
     if name in store and store[name].unconstrained() is not parameter:

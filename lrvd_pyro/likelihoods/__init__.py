@@ -1,7 +1,8 @@
 """Likelihoods: from the network's predictions to the observed labels.
 
 A likelihood is any object with the three methods of `Likelihood`. `Curvature` and
-`Contrasts` are what it may offer besides.
+`Contrasts` are optional capabilities. To add a likelihood, write a file like
+``categorical.py`` and list its class here.
 """
 
 from lrvd_pyro.likelihoods.base import (

@@ -1,7 +1,6 @@
-"""Likelihoods: from the network's predictions to the observed labels.
+"""The contract of a likelihood, its optional capabilities, and the data plate.
 
-The data plate, and with it the factor N/B that scales a batch to the data set, stands
-here and nowhere else.
+Only the data plate, in this module, scales a batch of B examples to the data set of N.
 """
 
 from typing import Any, Protocol, runtime_checkable
@@ -10,14 +9,27 @@ import pyro
 import torch
 from torch import Tensor
 
+__all__ = [
+    "Contrasts",
+    "Curvature",
+    "Likelihood",
+    "check_likelihood",
+    "contrasts_of",
+    "curvature_of",
+    "data_plate",
+    "precise",
+    "samples_first",
+]
+
 
 @runtime_checkable
 class Likelihood(Protocol):
-    """What a model asks of its likelihood: three methods.
+    """The three methods that a model calls on its likelihood.
 
-    A likelihood may offer two capabilities more, `Curvature` and `Contrasts`. What
-    needs one says so by name where it is missing. Parameters to learn belong in a
-    PyroModule, as in `Normal`.
+    `Curvature` and `Contrasts` are optional capabilities; a function that needs one
+    refuses a likelihood without it by name. A likelihood with learned parameters is a
+    PyroModule, as `Normal` is. Wrong when a likelihood does not open `data_plate`: its
+    log-likelihood then counts B examples in place of N.
 
     Example::
 
@@ -38,67 +50,105 @@ class Likelihood(Protocol):
     def __call__(
         self, predictions: Tensor, labels: Tensor | None, num_data: int, /
     ) -> None:
-        """Observe ``labels`` (or sample them) at the site ``labels``."""
+        """Observe the labels at the site ``labels``, or sample them there if None.
+
+        Args:
+            predictions: The network's output for a batch, ``B x ...``.
+            labels: The labels, ``B`` or ``B x ...``.
+            num_data: The number N of examples in the data set.
+        """
 
     def summarize(self, predictions: Tensor, /) -> dict[str, Tensor]:
-        """Reduce ``S x B x ...`` predictions to the fields of `collect`.
+        """Reduce the predictions of one batch under S draws to named fields.
 
-        Every field has the batch first. ``samples`` is kept if the user asks for it.
+        Args:
+            predictions: The network's outputs, ``S x B x ...``.
+
+        Returns:
+            Fields whose first dimension is the batch. The field ``samples``, ``B x S x
+            ...``, is dropped unless the user asks for it.
         """
 
     def collect(self, fields: dict[str, Tensor], /) -> Any:
-        """The prediction for all data from the concatenated fields."""
+        """Make the prediction for all data.
+
+        Args:
+            fields: The fields of `summarize`, concatenated over batches.
+        """
 
 
 @runtime_checkable
 class Curvature(Protocol):
-    """A likelihood whose Fisher information is known in closed form."""
+    """A likelihood whose Fisher information has a closed form."""
 
     def fisher_roots(self, predictions: Tensor, /) -> Tensor:
-        """``B x K`` functions of ``B x ...`` predictions, differentiable.
+        """K differentiable functions whose gradients are roots of the Fisher matrix.
 
-        The outer products of their gradients sum to the Fisher information of each
-        example.
+        For each example, the outer products of the K gradients sum to its Fisher
+        information.
+
+        Args:
+            predictions: The network's output, ``B x ...``.
+
+        Returns:
+            The values of the functions, ``B x K``.
         """
 
 
 @runtime_checkable
 class Contrasts(Protocol):
-    """A likelihood that depends on a few linear functions of its predictions."""
+    """A likelihood that depends on a few linear functions of its predictions.
+
+    Wrong when the likelihood also depends on the predictions in another way.
+    """
 
     def contrasts(self, predictions: Tensor, /) -> Tensor:
-        """``B x K`` linear functions of ``B x ...`` predictions.
+        """The K linear functions of the predictions.
 
-        The likelihood must depend on the predictions through them alone. The linearized
-        predictive takes one backward pass for each.
+        The linearized predictive takes one backward pass for each.
+
+        Args:
+            predictions: The network's output, ``B x ...``.
+
+        Returns:
+            The contrasts, ``B x K``.
         """
 
     def from_contrasts(self, contrasts: Tensor, /) -> Tensor:
-        """``S x B x ...`` predictions that have the contrasts ``S x B x K``."""
+        """Predictions, ``S x B x ...``, that have the given contrasts.
+
+        Args:
+            contrasts: One set of contrasts per draw, ``S x B x K``.
+        """
 
 
 def check_likelihood(likelihood: object) -> None:
-    """Raise unless an object has the three methods of a `Likelihood`.
+    """Check that an object has the three methods of a `Likelihood`.
 
     Raises:
-        TypeError: With those that are missing.
+        TypeError: If some are missing, which the message lists.
     """
-    named = ("__call__", "summarize", "collect")
-    missing = [name for name in named if not hasattr(likelihood, name)]
+    methods = ("__call__", "summarize", "collect")
+    missing = [name for name in methods if not hasattr(likelihood, name)]
+    # A class has the methods too, and __call__ from its metaclass.
     if missing or isinstance(likelihood, type):
         raise TypeError(
             f"likelihood is {likelihood!r}, "
             + (f"which lacks {missing}" if missing else "a class and not an object")
-            + f"; expected an object with the methods {', '.join(named)}: "
+            + f"; expected an object with the methods {', '.join(methods)}: "
             f"likelihoods.Categorical(), likelihoods.Normal(), or one of your own"
         )
 
 
 def curvature_of(likelihood: object, needed_by: str) -> Curvature:
-    """The likelihood, if it has a `Curvature`.
+    """The likelihood, checked to be a `Curvature`.
+
+    Args:
+        likelihood: A likelihood.
+        needed_by: The call that needs the capability, for the message.
 
     Raises:
-        TypeError: With what needs it.
+        TypeError: If ``fisher_roots`` is missing.
     """
     if not isinstance(likelihood, Curvature):
         raise _lacks(likelihood, "fisher_roots", needed_by)
@@ -106,10 +156,14 @@ def curvature_of(likelihood: object, needed_by: str) -> Curvature:
 
 
 def contrasts_of(likelihood: object, needed_by: str) -> Contrasts:
-    """The likelihood, if it has `Contrasts`.
+    """The likelihood, checked to have `Contrasts`.
+
+    Args:
+        likelihood: A likelihood.
+        needed_by: The call that needs the capability, for the message.
 
     Raises:
-        TypeError: With what needs them.
+        TypeError: If ``contrasts`` or ``from_contrasts`` is missing.
     """
     if not isinstance(likelihood, Contrasts):
         raise _lacks(likelihood, "contrasts and from_contrasts", needed_by)
@@ -119,17 +173,25 @@ def contrasts_of(likelihood: object, needed_by: str) -> Contrasts:
 def _lacks(likelihood: object, methods: str, needed_by: str) -> TypeError:
     return TypeError(
         f"{needed_by} needs a likelihood with {methods}, which "
-        f"{type(likelihood).__name__} does not have; lrvd_pyro.likelihoods.Likelihood "
-        f"says what they return"
+        f"{type(likelihood).__name__} does not have; lrvd_pyro.likelihoods.Curvature "
+        f"and Contrasts say what they return"
     )
 
 
-def data_plate(size: int, labels: Tensor | None, num_data: int) -> Any:
-    """The plate ``data``, whose scale is N/B when labels are observed.
+def data_plate(size: int, labels: Tensor | None, num_data: int) -> pyro.plate:
+    """The plate ``data``, which multiplies log-likelihoods by N/B.
+
+    Without labels its scale is 1.
+
+    Args:
+        size: The number B of examples in the batch.
+        labels: The observed labels, or None.
+        num_data: The number N of examples in the data set.
 
     Raises:
         ValueError: If a labeled batch is larger than the data set.
     """
+    # A batch to predict for may be larger than the data set, so it has no N.
     if labels is None:
         return pyro.plate("data", size)
     if size > num_data:
@@ -137,16 +199,20 @@ def data_plate(size: int, labels: Tensor | None, num_data: int) -> Any:
             f"a labeled batch has {size} examples but num_data={num_data}; expected "
             f"the size of the training set: GateLoRA(..., num_data=len(train))"
         )
+    # The plate needs the length of the subsample only. With subsample_size instead, it
+    # would draw randperm(N) at each step: slow for large N, and it moves the seed.
     return pyro.plate("data", num_data, subsample=torch.empty(size))
 
 
 def precise(predictions: Tensor) -> Tensor:
-    """Half precision as float32; 16 bits cost hundredths of a nat in a likelihood."""
+    """Half precision as float32; 16 bits cost hundredths of a nat per datum."""
     half = predictions.dtype in (torch.bfloat16, torch.float16)
     return predictions.float() if half else predictions
 
 
-def samples_first(fields: dict[str, Tensor]) -> dict[str, Any]:
+def samples_first(fields: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The fields with ``samples``, if present, as ``S x n x ...``; for `collect`."""
+    # `summarize` puts the batch first, so that batches can be concatenated
     samples = fields.get("samples")
     if samples is None:
         return dict(fields)

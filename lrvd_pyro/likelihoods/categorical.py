@@ -1,4 +1,4 @@
-"""Classification."""
+"""The likelihood of classification, and its prediction."""
 
 from dataclasses import dataclass
 
@@ -11,17 +11,20 @@ from torch.nn import functional as F
 
 from lrvd_pyro.likelihoods.base import data_plate, precise, samples_first
 
+__all__ = ["Categorical", "CategoricalPrediction"]
+
 
 @dataclass(frozen=True)
 class CategoricalPrediction:
     """The posterior predictive of a classifier for n data, from S samples.
 
     Attributes:
-        probs: ``n x C``, mean over samples of the class probabilities.
-        entropy: ``n``, total uncertainty: the entropy of ``probs``, in nats.
-        mutual_information: ``n``, the epistemic part: entropy of the mean minus mean
-            of the entropies, in nats.
-        samples: ``S x n x C`` probabilities if asked for, else None.
+        probs: The class probabilities, averaged over the samples, ``n x C``.
+        entropy: The entropy of ``probs``, ``n``, in nats: the total uncertainty.
+        mutual_information: The entropy of the mean minus the mean of the entropies,
+            ``n``, in nats: the epistemic part of the uncertainty.
+        samples: The probabilities of each sample, ``S x n x C``, if asked
+            for, else None.
     """
 
     probs: Tensor
@@ -31,25 +34,36 @@ class CategoricalPrediction:
 
 
 class Categorical:
-    """Classification: ``labels ~ Categorical(logits)``, logits ``B x C``, labels ``B``.
+    """Classification: ``labels ~ Categorical(logits)``.
 
-    Raises:
-        TypeError: If labels are not integers.
-        ValueError: If there is not one label per row of logits, or a label lies outside
-            ``0 .. C - 1``.
+    Wrong when a row has no label (-100, say): leave such rows out.
+
+    Example::
+
+        GateLoRA(net, likelihood=Categorical(), num_data=len(train))
     """
 
     def __call__(
         self, predictions: Tensor, labels: Tensor | None, num_data: int
     ) -> None:
+        """Observe the labels, or sample them if None.
+
+        Args:
+            predictions: The logits, ``B x C``.
+            labels: Integer class indices, ``B``.
+            num_data: The number N of examples in the data set.
+
+        Raises:
+            TypeError: If labels are not integers.
+            ValueError: If there is not one label per row of logits, or if a label lies
+                outside ``0 .. C - 1``.
+        """
         if labels is not None:
             self._check(predictions, labels)
         with data_plate(len(predictions), labels, num_data):
-            pyro.sample(
-                "labels",
-                dist.Categorical(logits=precise(predictions), validate_args=False),
-                obs=labels,
-            )
+            # `_check` has validated the labels, with a message that helps
+            fn = dist.Categorical(logits=precise(predictions), validate_args=False)
+            pyro.sample("labels", fn, obs=labels)
 
     def _check(self, logits: Tensor, labels: Tensor) -> None:
         if labels.is_floating_point() or labels.is_complex():
@@ -62,6 +76,7 @@ class Categorical:
                 f"labels have shape {tuple(labels.shape)} and logits "
                 f"{tuple(logits.shape)}; expected one label per row of logits"
             )
+        # Reading the labels makes the host wait for an accelerator at each step.
         if labels.device.type != "cpu" and not is_validation_enabled():
             return
         low, high, classes = int(labels.min()), int(labels.max()), logits.shape[1]
@@ -74,11 +89,19 @@ class Categorical:
             )
 
     def fisher_roots(self, predictions: Tensor) -> Tensor:
+        """``sqrt(p_c) log p_c`` by class, ``B x C``, with ``sqrt(p_c)`` held constant.
+
+        The Fisher information is ``sum_c p_c grad(log p_c) grad(log p_c)^T``.
+        """
         log_probs = precise(predictions).log_softmax(-1)
         return (0.5 * log_probs.detach()).exp() * log_probs
 
     def contrasts(self, predictions: Tensor) -> Tensor:
-        """The differences of the logits to those of class 0, ``B x (C - 1)``."""
+        """The differences of the logits from that of class 0, ``B x (C - 1)``.
+
+        Raises:
+            ValueError: If the logits are not ``B x C`` with at least two classes.
+        """
         if predictions.dim() != 2 or predictions.shape[1] < 2:
             raise ValueError(
                 f"logits have shape {tuple(predictions.shape)}; the linearized "
@@ -89,9 +112,11 @@ class Categorical:
         return logits[:, 1:] - logits[:, :1]
 
     def from_contrasts(self, contrasts: Tensor) -> Tensor:
+        """Logits, ``S x B x C``, with that of class 0 at 0."""
         return F.pad(contrasts, (1, 0))
 
     def summarize(self, predictions: Tensor) -> dict[str, Tensor]:
+        """The fields of `CategoricalPrediction` from logits, ``S x B x C``."""
         samples = precise(predictions).softmax(-1)
         probs = samples.mean(0)
         entropy = torch.special.entr(probs).sum(-1)
@@ -99,9 +124,11 @@ class Categorical:
         return {
             "probs": probs,
             "entropy": entropy,
+            # equal samples leave a difference that rounding makes negative
             "mutual_information": (entropy - aleatoric).clamp(min=0),
             "samples": samples.transpose(0, 1),
         }
 
     def collect(self, fields: dict[str, Tensor]) -> CategoricalPrediction:
+        """The prediction for all data from the fields of `summarize`."""
         return CategoricalPrediction(**samples_first(fields))

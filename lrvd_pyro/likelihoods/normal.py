@@ -1,4 +1,4 @@
-"""Regression."""
+"""The likelihood of regression, and its prediction."""
 
 import math
 from dataclasses import dataclass
@@ -13,18 +13,21 @@ from torch import Tensor
 
 from lrvd_pyro.likelihoods.base import data_plate, precise, samples_first
 
+__all__ = ["Normal", "NormalPrediction"]
+
 
 @dataclass(frozen=True)
 class NormalPrediction:
     """The posterior predictive of a regression for n data, from S samples.
 
     Attributes:
-        mean: ``n``, predictive mean.
-        variance: ``n``, predictive variance: noise plus spread of the means.
-        entropy: ``n``, of the Gaussian with that variance, in nats.
-        mutual_information: ``n``, ``log(variance / noise) / 2``, in nats; exact if the
+        mean: The predictive mean, ``n``.
+        variance: The predictive variance, ``n``: the noise plus the variance of the
+            means over the samples.
+        entropy: The entropy of the Gaussian with that variance, ``n``, in nats.
+        mutual_information: ``log(variance / noise) / 2``, ``n``, in nats; exact if the
             means are Gaussian.
-        samples: ``S x n`` means if asked for, else None.
+        samples: The mean of each sample, ``S x n``, if asked for, else None.
     """
 
     mean: Tensor
@@ -37,15 +40,17 @@ class NormalPrediction:
 class Normal(PyroModule):
     """Regression: ``labels ~ Normal(predictions, scale)`` with a learned ``scale``.
 
-    Predictions are ``B`` or ``B x 1``, labels ``B`` and floating point.
+    Wrong when the noise differs between examples: all share one ``scale``.
 
     Args:
-        scale: The initial standard deviation of the noise.
+        scale: The initial standard deviation of the noise, in units of the labels.
 
     Raises:
-        TypeError: If labels are not floating point.
-        ValueError: If ``scale`` is not positive, or there is not one label per
-            prediction.
+        ValueError: If ``scale`` is not positive.
+
+    Example::
+
+        GateLoRA(net, likelihood=Normal(scale=0.5), num_data=len(train))
     """
 
     def __init__(self, scale: float = 1.0) -> None:
@@ -57,6 +62,18 @@ class Normal(PyroModule):
     def forward(
         self, predictions: Tensor, labels: Tensor | None, num_data: int
     ) -> None:
+        """Observe the labels, or sample them if None.
+
+        Args:
+            predictions: The means, ``B`` or ``B x 1``.
+            labels: The labels, ``B``, floating point.
+            num_data: The number N of examples in the data set.
+
+        Raises:
+            TypeError: If labels are not floating point.
+            ValueError: If there is not one prediction per example, or not one label
+                per prediction.
+        """
         mean = self._mean(predictions)
         if labels is not None and not labels.is_floating_point():
             raise TypeError(
@@ -69,6 +86,7 @@ class Normal(PyroModule):
                 f"{tuple(predictions.shape)}; expected one label per prediction"
             )
         with data_plate(len(mean), labels, num_data):
+            # the scale stays where it was made when only the network is moved
             noise = dist.Normal(mean, self.scale.to(mean.device), validate_args=False)
             pyro.sample("labels", noise, obs=labels)
 
@@ -83,18 +101,21 @@ class Normal(PyroModule):
         return precise(predictions)
 
     def fisher_roots(self, predictions: Tensor) -> Tensor:
+        """``mean / scale``, ``B x 1``, with the scale held constant."""
         mean = self._mean(predictions)
         root: Tensor = mean / self.scale.detach().to(mean.device)
         return root.unsqueeze(-1)
 
     def contrasts(self, predictions: Tensor) -> Tensor:
-        """The mean, ``B x 1``."""
+        """The means, ``B x 1``."""
         return self._mean(predictions).unsqueeze(-1)
 
     def from_contrasts(self, contrasts: Tensor) -> Tensor:
+        """The means, ``S x B x 1``, which are the contrasts themselves."""
         return contrasts
 
     def summarize(self, predictions: Tensor) -> dict[str, Tensor]:
+        """The fields of `NormalPrediction` from means, ``S x B`` or ``S x B x 1``."""
         means = torch.stack([self._mean(p) for p in predictions])
         noise = self.scale.detach().to(means.device).square()
         variance = noise + means.var(0, correction=0)
@@ -107,4 +128,5 @@ class Normal(PyroModule):
         }
 
     def collect(self, fields: dict[str, Tensor]) -> NormalPrediction:
+        """The prediction for all data from the fields of `summarize`."""
         return NormalPrediction(**samples_first(fields))

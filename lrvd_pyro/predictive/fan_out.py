@@ -1,8 +1,8 @@
 """One batch under several draws, without repeating what the draws share.
 
-What precedes the first LoRA layer with a rank comes from the first draw's pass. The
-passes of the others may hold several draws: copies of the batch, one below the other,
-with a gate row per example.
+The modules before the first LoRA layer with a rank run in the first draw's pass only.
+Each later pass may hold several draws: copies of the batch, one below the other, with a
+gate row per example.
 """
 
 import warnings
@@ -18,11 +18,14 @@ from lrvd_pyro.batches import batch_size
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.predictive.prefix import Prefix
 
-Batch = dict[str, Any]
-CPU_ROWS, ROWS = 16, 256  # rows of a pass with several draws, unless told otherwise
-TRIAL_EXAMPLES = 3
+__all__ = ["FanOut", "fanned_out", "looped", "resolution", "trial"]
 
-# By model: for each setting that was tried, why it cannot share passes
+_Inputs = dict[str, Any]  # tree_map looks into a dict, but takes other mappings whole
+_CPU_ROWS, _ROWS = 16, 256  # rows of a pass with several draws, by default
+_TRIAL_EXAMPLES = 3
+
+# By model, and there by setting: why the model cannot share passes ("" if it can). The
+# keys are weak, so that a trial does not keep a network in memory.
 _tried: weakref.WeakKeyDictionary[RankModel, dict[tuple[Any, ...], str]]
 _tried = weakref.WeakKeyDictionary()
 
@@ -30,26 +33,30 @@ _tried = weakref.WeakKeyDictionary()
 class FanOut:
     """The network's predictions for a batch under each of S draws, ``S x B x ...``.
 
-    Equal to one pass per draw up to float error, at ``p + S (1 - p)`` passes, p the
-    share of what precedes the first LoRA layer with a rank. Draws of weights
-    (`FactorLoRA`) and DoRA layers share the prefix, but take one pass per draw.
+    The result equals that of one pass per draw, up to float error. It costs
+    ``p + S (1 - p)`` passes, where p is the share of the network before the first LoRA
+    layer with a rank. Draws of weights (`FactorLoRA`) and DoRA layers share the prefix,
+    but take one pass per draw.
 
-    A model's first batch goes through a trial: three examples under three gates, far
-    apart, against one plain pass per gate, and the same under three equal gates, which
-    shows what rounding does. If the results differ by more, or the network refuses, or
-    it is compiled, every draw takes a plain pass of the whole network and a warning
-    says why. It is tried anew after pruning, at another precision, and where other
-    tensors of a batch are as long as the batch; and again for the next batch as long as
-    the adapter changes nothing, as at its start.
+    A model's first batch goes through a trial. Three examples run under three gates far
+    apart, and again under three equal gates. Both runs are compared with one plain pass
+    per gate; the equal gates show what rounding does. The model does not share passes
+    if the results differ by more than rounding, if the network raises an error, or if
+    it is compiled. Every draw then takes a plain pass of the whole network, and a
+    warning says why.
 
-    Wrong if the network, in eval mode, is no function of its inputs and the trial does
-    not show it.
+    The trial is repeated after pruning, at another precision, and where other tensors
+    of a batch are as long as the batch. While the adapter changes nothing, as at its
+    start, the trial is inconclusive and is repeated for the next batch.
+
+    Wrong when the network, in eval mode, is not a function of its inputs and the trial
+    does not show it.
 
     Args:
         model: The model.
-        values: What it binds, S x R; S x K for weights.
-        max_batch: The most rows of a pass that holds several draws; a batch is never
-            cut. None takes 16 on a CPU, whose caches larger passes outgrow, 256
+        values: What the model binds, ``S x R``; ``S x K`` for weights.
+        max_batch: The most rows of a pass that holds several draws. A batch is never
+            cut. None takes 16 on a CPU, whose caches larger passes outgrow, and 256
             elsewhere.
     """
 
@@ -58,71 +65,84 @@ class FanOut:
     ) -> None:
         self.model, self.values = model, values
         on_cpu = model.space.device.type == "cpu"
-        self.rows = max_batch or (CPU_ROWS if on_cpu else ROWS)
+        self.rows = max_batch or (_CPU_ROWS if on_cpu else _ROWS)
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: _Inputs) -> Tensor:
         """The predictions for one batch, ``S x B x ...``."""
-        copies = self.rows // batch_size(batch) if takes_rows(self.model) else 1
+        copies = self.rows // batch_size(batch) if _takes_rows(self.model) else 1
         copies = max(1, min(copies, len(self.values) - 1))
+        # The trial has two draws after the first, so it holds two copies at most.
         if len(self.values) == 1 or self._obstacle(batch, min(copies, 2)):
             return looped(self.model, self.values, batch)
         return fanned_out(self.model, self.values, batch, copies)
 
-    def _obstacle(self, batch: Batch, copies: int) -> str:
-        """Why this model takes the loop; empty if it does not."""
+    def _obstacle(self, batch: _Inputs, copies: int) -> str:
+        """Why this model needs one plain pass per draw; empty if it does not."""
         by_row = tuple(_by_row(leaf, batch_size(batch)) for leaf in tree_leaves(batch))
         setting = (self.model.space.modules, resolution(self.model), by_row, copies)
         known = _tried.setdefault(self.model, {})
         if setting in known:
             return known[setting]
-        found = trial(self.model, self.values[[0, 1, -1]], batch, copies)
-        if found is None:
+        reason = trial(self.model, self.values[[0, 1, -1]], batch, copies)
+        if reason is None:
             return ""
-        if found and found not in known.values():
+        if reason and reason not in known.values():
             net = type(self.model.base_net.get_base_model()).__name__
             warnings.warn(
-                f"{net} cannot share passes between draws ({found}); predict runs the "
+                f"{net} cannot share passes between draws ({reason}); predict runs the "
                 f"whole network once per draw instead",
                 stacklevel=4,
             )
-        known[setting] = found
-        return found
+        known[setting] = reason
+        return reason
 
 
-def takes_rows(model: RankModel) -> bool:
-    """Whether the model binds a draw per row: gates, and no DoRA layer."""
-    return model.binds == "gates" and not model.space.dora
+def trial(model: RankModel, values: Tensor, batch: _Inputs, copies: int) -> str | None:
+    """Why a model cannot share passes; empty if it can, None if nothing shows it.
 
-
-def trial(model: RankModel, values: Tensor, batch: Batch, copies: int) -> str | None:
-    """Why a model cannot share passes; empty if it can, None if nothing shows it."""
+    Args:
+        model: The model.
+        values: Three draws, ``3 x R`` or ``3 x K``. Of gates only the shape is used.
+        batch: The batch, of which the first three examples are used.
+        copies: Draws per pass.
+    """
     if is_compiled(model.base_net):
         return "it is compiled"
-    if model.binds == "gates":  # all on, and two that turn off half each
+    if model.binds == "gates":
+        # The posterior's own draws may lie too close together to tell rows apart. So
+        # one gate has every component on, and two turn off one half each.
         half = torch.arange(values.shape[1], device=values.device) % 2
         values = torch.stack([torch.ones_like(half), half, 1 - half]).to(values)
-    few = _with_rows(batch, lambda rows: rows[:TRIAL_EXAMPLES])
+    few = _with_rows(batch, lambda rows: rows[:_TRIAL_EXAMPLES])
     try:
         expected, equal = looped(model, values, few), values[[1, 1, 1]]
         error = _largest(fanned_out(model, values, few, copies) - expected)
         rounding = _largest(fanned_out(model, equal, few, copies) - expected[1])
     except torch.OutOfMemoryError:
+        # The next batch may find enough memory: no verdict must be remembered.
         raise
-    except Exception as failure:  # whatever it is, one plain pass a draw may do
+    except Exception as failure:
+        # Any network may fail in any way on rows that it does not expect. One plain
+        # pass per draw may still succeed.
         return f"{type(failure).__name__}: {failure}"
     size, ulp = _largest(expected), resolution(model)
+    # Kernels for other batch sizes round differently. The limit follows the rounding
+    # that was seen, from a floor of 2 ulp up to a ceiling of half the digits.
     limit = min(max(8 * rounding, 2 * ulp * (1 + size)), ulp**0.5 * (1 + size))
     if error > limit:
         return f"its predictions would differ by {error:.2g}"
+    # Three gates that give the same predictions prove nothing, as while B = 0.
     return "" if _largest(expected - expected[0]) > 8 * limit else None
 
 
-def looped(model: RankModel, values: Sequence[Tensor] | Tensor, batch: Batch) -> Tensor:
+def looped(
+    model: RankModel, values: Sequence[Tensor] | Tensor, batch: _Inputs
+) -> Tensor:
     """The predictions under each draw, by one pass of the whole network per draw."""
     return torch.stack([_bound(model, value, batch) for value in values])
 
 
-def fanned_out(model: RankModel, values: Tensor, batch: Batch, copies: int) -> Tensor:
+def fanned_out(model: RankModel, values: Tensor, batch: _Inputs, copies: int) -> Tensor:
     """The predictions under each draw: the first alone, then ``copies`` at a time."""
     prefix = Prefix(model.space)
     with prefix.recording():
@@ -133,12 +153,29 @@ def fanned_out(model: RankModel, values: Tensor, batch: Batch, copies: int) -> T
     return torch.cat(outputs)
 
 
-def _bound(model: RankModel, value: Tensor, batch: Batch) -> Tensor:
+def resolution(model: RankModel) -> float:
+    """The coarsest relative precision at work in the network."""
+    device = model.space.device.type
+    parameters = model.base_net.parameters()
+    dtypes = {p.dtype for p in parameters if p.is_floating_point()}
+    if torch.is_autocast_enabled(device):
+        dtypes.add(torch.get_autocast_dtype(device))
+    # Below "highest", torch may round float32 factors to TF32, of 10 mantissa bits.
+    exact = torch.get_float32_matmul_precision() == "highest"
+    return max(0.0 if exact else 2**-10, *(torch.finfo(d).eps for d in dtypes))
+
+
+def _takes_rows(model: RankModel) -> bool:
+    """Whether a pass may hold several draws: gates, and no DoRA layer."""
+    return model.binds == "gates" and not model.space.dora
+
+
+def _bound(model: RankModel, value: Tensor, batch: _Inputs) -> Tensor:
     with model.bind(value):
         return model.predictions(**batch)
 
 
-def _stacked(model: RankModel, values: Tensor, batch: Batch) -> Tensor:
+def _stacked(model: RankModel, values: Tensor, batch: _Inputs) -> Tensor:
     """One pass for several draws, ``c x B x ...``."""
     if len(values) == 1:
         return _bound(model, values[0], batch)[None]
@@ -148,30 +185,18 @@ def _stacked(model: RankModel, values: Tensor, batch: Batch) -> Tensor:
     return output.view(copies, size, *output.shape[1:])
 
 
-def _with_rows(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+def _with_rows(batch: _Inputs, change: Callable[[Tensor], Tensor]) -> _Inputs:
     """The batch with ``change`` made to every tensor that has a row per example."""
     size = batch_size(batch)
-
-    changed: Batch = tree_map(
+    changed: _Inputs = tree_map(
         lambda leaf: change(leaf) if _by_row(leaf, size) else leaf, batch
     )
     return changed
 
 
-def _by_row(leaf: Any, size: int) -> bool:
+def _by_row(leaf: object, size: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == size
 
 
 def _largest(tensor: Tensor) -> float:
     return float(tensor.abs().max())
-
-
-def resolution(model: RankModel) -> float:
-    """The coarsest relative precision at work in the network."""
-    device = model.space.device.type
-    parameters = model.base_net.parameters()
-    dtypes = {p.dtype for p in parameters if p.is_floating_point()}
-    if torch.is_autocast_enabled(device):
-        dtypes.add(torch.get_autocast_dtype(device))
-    exact = torch.get_float32_matmul_precision() == "highest"
-    return max(0.0 if exact else 2**-10, *(torch.finfo(d).eps for d in dtypes))

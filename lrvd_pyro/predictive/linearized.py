@@ -1,7 +1,6 @@
 """The network linearized in its gates: a Gaussian over what a likelihood looks at."""
 
 import weakref
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,31 +8,41 @@ import torch
 from pyro import distributions as dist
 from pyro import poutine
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import Distribution, constraints
 
-from lrvd_pyro.batches import gate_rows
+from lrvd_pyro.batches import Batch, gate_rows
 from lrvd_pyro.inference.kl import latent_sites
 from lrvd_pyro.inference.per_example import PerExample
+from lrvd_pyro.inference.programs import Guide
 from lrvd_pyro.likelihoods.base import contrasts_of
 from lrvd_pyro.models.base import RankModel
 
-DRAWS = 4096  # of gates, where a guide's covariance has no closed form
-NODES = 1024  # points of the Gaussian over contrasts
+__all__ = [
+    "GateGaussian",
+    "Linearized",
+    "check_linearizable",
+    "gate_gaussian",
+    "normal_nodes",
+]
 
-# By model: its LoRA modules when rows were seen not to depend on each other
+_DRAWS = 4096  # of gates, where a guide's covariance has no closed form
+_NODES = 1024  # points of the Gaussian over contrasts
+_WAY_OUT = 'predict(..., method="sample") needs none'
+
+# By model: its LoRA modules when its rows were seen not to depend on each other. The
+# keys are weak, so that the check does not keep a network in memory.
 _alone: weakref.WeakKeyDictionary[RankModel, tuple[str, ...]]
 _alone = weakref.WeakKeyDictionary()
-WAY_OUT = 'predict(..., method="sample") needs none'
 
 
 @dataclass(frozen=True)
-class GateMoments:
+class GateGaussian:
     """Mean and covariance of the gate under a posterior, ``diag(d) + F^T F``.
 
     Attributes:
-        mean: R.
-        diagonal: d, R.
-        factors: F, M x R.
+        mean: The mean, ``R``.
+        diagonal: d, ``R``.
+        factors: F, ``M x R``.
     """
 
     mean: Tensor
@@ -41,8 +50,8 @@ class GateMoments:
     factors: Tensor
 
     @classmethod
-    def of_draws(cls, gates: Tensor) -> "GateMoments":
-        """Those of draws of the gate, S x R.
+    def of_draws(cls, gates: Tensor) -> "GateGaussian":
+        """The sample mean and covariance of draws of the gate, ``S x R``.
 
         Raises:
             ValueError: If there is only one draw.
@@ -53,6 +62,7 @@ class GateMoments:
                 "the linearized predictive needs"
             )
         mean, scale = gates.mean(0), (len(gates) - 1) ** -0.5
+        # The factors S x R stand for a covariance of R x R, which is never formed.
         return cls(mean, torch.zeros_like(mean), (gates - mean) * scale)
 
     def project(self, jacobian: Tensor) -> Tensor:
@@ -63,12 +73,13 @@ class GateMoments:
 
 
 @torch.no_grad()
-def gate_moments(model: RankModel, guide: Any, batch: Mapping[str, Any]) -> GateMoments:
+def gate_gaussian(model: RankModel, guide: Guide, batch: Batch) -> GateGaussian:
     """Mean and covariance of the gate under a guide.
 
-    In closed form for `RankDiagonal` where the gate is its only site, and for Pyro's
-    Gaussian AutoGuides where the gate is the only site and real; otherwise from 4,096
-    draws, which cost no forward pass and leave an error of about 2% in a variance.
+    The closed form serves `RankDiagonal` where the gate is its only site. It also
+    serves Pyro's Gaussian AutoGuides where the gate is the only site and real. All
+    other guides are drawn from 4,096 times. That costs no forward pass of the network
+    and leaves an error of about 2% in a variance.
 
     Args:
         model: The model.
@@ -76,55 +87,60 @@ def gate_moments(model: RankModel, guide: Any, batch: Mapping[str, Any]) -> Gate
         batch: What the guide is called with.
     """
     known = _closed_form(model, guide)
-    return known or GateMoments.of_draws(_gate_draws(model, guide, batch, DRAWS))
+    return known or GateGaussian.of_draws(_gate_draws(model, guide, batch, _DRAWS))
 
 
 class Linearized:
-    """Draws of the network's predictions, linearized in the gates, ``S x B x ...``.
+    """Points of the network's linearized predictive, as draws, ``S x B x ...``.
 
-    With c(z) the contrasts of the likelihood (logit differences, a mean), J their
-    Jacobian at the posterior mean m of the gate and V its covariance, contrasts are
-    ``Normal(c(m), J V J^T)``. The S = 1,024 points (2 K for more than 512 contrasts)
-    are no random draws: a scrambled Sobol sequence through the Gaussian quantiles,
-    their mean and covariance made exact.
+    Let c(z) be the contrasts of the likelihood: logit differences, or a mean. J is
+    their Jacobian at the posterior mean m of the gate, and V the gate's covariance. The
+    contrasts then follow ``Normal(c(m), J V J^T)``.
 
-    A linear layer over the gates makes this exact; elsewhere it errs as soon as the
+    The S = 1,024 points (2 K for K > 512 contrasts) are not random. They are a
+    scrambled Sobol sequence through the Gaussian quantiles, with mean and covariance
+    made exact.
+
+    The result is exact where the network is linear in the gates. Wrong when the
     posterior is wide enough to see the network's curvature.
+
+    Args:
+        model: The model; `check_linearizable` says whether it can be linearized.
+        gaussian: Mean and covariance of its gate.
+
+    Raises:
+        ValueError: From the call, if rows of the model's first batch (and of its first
+            batch after pruning) depend on each other.
 
     Source: MacKay (1992), "The evidence framework applied to classification networks";
     Immer, Korzepa and Bauer (2021, arXiv 2008.08216).
-
-    Args:
-        model: The model; `check_linearizable` says whether it can be.
-        moments: Of its gate.
-
-    Raises:
-        ValueError: From the call, if rows of the model's first batch (again after
-            pruning) depend on each other.
     """
 
-    def __init__(self, model: RankModel, moments: GateMoments) -> None:
-        self.model, self.moments = model, moments
+    def __init__(self, model: RankModel, gaussian: GateGaussian) -> None:
+        self.model, self.gaussian = model, gaussian
         self._likelihood = contrasts_of(model.likelihood, type(self).__name__)
 
-    def __call__(self, batch: dict[str, Any]) -> Tensor:
+    def __call__(self, batch: Batch) -> Tensor:
         """The predictions for one batch, ``S x B x ...``."""
         mean, covariance = self.contrasts(batch)
         size = mean.shape[1]
-        nodes = normal_nodes(max(NODES, 2 * size), size).to(mean)
-        draws = mean + torch.einsum("bjk,sk->sbj", symmetric_root(covariance), nodes)
+        # More points than contrasts, else their covariance cannot be made exact.
+        nodes = normal_nodes(max(_NODES, 2 * size), size).to(mean)
+        draws = mean + torch.einsum("bjk,sk->sbj", _symmetric_root(covariance), nodes)
         return self._likelihood.from_contrasts(draws)
 
-    def contrasts(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def contrasts(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean ``B x K`` and covariance ``B x K x K`` of the contrasts of a batch."""
         parameter = self.model.space.weights("lora_A")[0]
-        gate = self.moments.mean.to(parameter)
+        gate = self.gaussian.mean.to(parameter)
         gates = gate_rows(gate, batch)
         with torch.enable_grad(), self.model.bind(gates):
             mean = self._likelihood.contrasts(self.model.predictions(**batch))
             self._check_rows(mean, gates)
+            # Each example has a gate row of its own. So one backward pass of a sum over
+            # the batch gives the gradient of that contrast for every example.
             rows = [_gradient(contrast, gates) for contrast in mean.sum(0)]
-        return mean.detach(), self.moments.project(torch.stack(rows, 1).to(mean))
+        return mean.detach(), self.gaussian.project(torch.stack(rows, 1).to(mean))
 
     def _check_rows(self, mean: Tensor, gates: Tensor) -> None:
         """Raise if an example's gates move another example's contrasts."""
@@ -135,10 +151,11 @@ class Linearized:
         if bool(first[1:].max() > 1e-6 * first.max()):
             raise ValueError(
                 f"in {type(self.model.base_net.get_base_model()).__name__} the gates "
-                f"of one example move the predictions for another: its rows see each "
-                f"other, or its layers have the batch on another axis than the first; "
+                f"of one example move the predictions for another. Its rows see each "
+                f"other, or a layer has the batch on another axis than the first; "
                 f'predict(..., method="sample") takes one draw for all'
             )
+        # While B = 0 no gate moves anything, and the check proves nothing.
         if first.any():
             _alone[self.model] = modules
 
@@ -147,19 +164,20 @@ def check_linearizable(model: RankModel) -> None:
     """Raise unless the network takes one gate per example.
 
     Raises:
-        TypeError: If the model draws weights, or a layer is a DoRA layer.
+        TypeError: If the model draws weights, a layer is a DoRA layer, or the
+            likelihood has no contrasts.
     """
     space = model.space
     if model.binds != "gates":
         raise TypeError(
             f"the linearized predictive needs gates, and {type(model).__name__} draws "
-            f"{model.binds}; {WAY_OUT}"
+            f"{model.binds}; {_WAY_OUT}"
         )
     contrasts_of(model.likelihood, 'predict(..., method="linearized")')
     if space.dora:
         raise TypeError(
             f"the linearized predictive needs a gate per example, which the DoRA "
-            f"layer {space.dora[0]!r} does not take; {WAY_OUT}"
+            f"layer {space.dora[0]!r} does not take; {_WAY_OUT}"
         )
 
 
@@ -169,16 +187,20 @@ def normal_nodes(count: int, size: int) -> Tensor:
     Their mean is 0 and their covariance 1 to float error, if ``count > size``.
     """
     sobol: Any = torch.quasirandom.SobolEngine(size, scramble=True, seed=0)
+    # A Sobol point may be 0 exactly, whose Gaussian quantile is infinite.
     uniform = sobol.draw(count, dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
     points = torch.special.ndtri(uniform)
     points = points - points.mean(0)
-    whitener = torch.linalg.inv(symmetric_root(points.T @ points / count))
+    # Whitening makes the covariance exact, so that a linear network gets its mean and
+    # variance without quadrature error.
+    whitener = torch.linalg.inv(_symmetric_root(points.T @ points / count))
     nodes: Tensor = points @ whitener
     return nodes
 
 
-def symmetric_root(matrix: Tensor) -> Tensor:
+def _symmetric_root(matrix: Tensor) -> Tensor:
     """The symmetric square root of positive semidefinite matrices, ``... x K x K``."""
+    # A Cholesky factor would fail where contrasts outnumber ranks: J V J^T is singular.
     values, vectors = torch.linalg.eigh(matrix)
     root: Tensor = (vectors * values.clamp(min=0).sqrt().unsqueeze(-2)) @ vectors.mT
     return root
@@ -189,13 +211,15 @@ def _gradient(value: Tensor, gates: Tensor) -> Tensor:
     return gradient
 
 
-def _closed_form(model: RankModel, guide: Any) -> GateMoments | None:
-    """The moments where the gate is the only latent site and its law is known."""
+def _closed_form(model: RankModel, guide: Guide) -> GateGaussian | None:
+    """The Gaussian where the gate is the only latent site and its law is known."""
     sites = model.latent_sites()
     if set(sites) != {"gate"}:
         return None
     if hasattr(guide, "distributions"):
         return _independent(guide.distributions()["gate"])
+    # AutoGuides are Gaussian in unconstrained space: it is the gate's own only where
+    # the gate is real.
     support: Any = sites["gate"].support
     is_real = getattr(support, "base_constraint", support) is constraints.real
     if not is_real or not hasattr(guide, "get_posterior"):
@@ -203,23 +227,23 @@ def _closed_form(model: RankModel, guide: Any) -> GateMoments | None:
     posterior = guide.get_posterior()
     if isinstance(posterior, dist.LowRankMultivariateNormal):
         factors = posterior.cov_factor.T
-        return GateMoments(posterior.mean, posterior.cov_diag, factors)
+        return GateGaussian(posterior.mean, posterior.cov_diag, factors)
     if isinstance(posterior, dist.MultivariateNormal):
         nothing = torch.zeros_like(posterior.mean)
-        return GateMoments(posterior.mean, nothing, posterior.scale_tril.T)
+        return GateGaussian(posterior.mean, nothing, posterior.scale_tril.T)
     is_normal = isinstance(getattr(posterior, "base_dist", posterior), dist.Normal)
     return _independent(posterior) if is_normal else None
 
 
-def _independent(posterior: Any) -> GateMoments:
+def _independent(posterior: Distribution) -> GateGaussian:
     mean = posterior.mean
-    return GateMoments(mean, posterior.variance, mean.new_zeros(0, len(mean)))
+    return GateGaussian(mean, posterior.variance, mean.new_zeros(0, len(mean)))
 
 
-def _gate_draws(
-    model: RankModel, guide: Any, batch: Mapping[str, Any], count: int
-) -> Tensor:
+def _gate_draws(model: RankModel, guide: Guide, batch: Batch, count: int) -> Tensor:
     """Draws of the gate, ``count x R``, from one call of the guide."""
+    # As if the batch had `count` examples with a draw each: one trace, all levels of a
+    # hierarchy drawn together.
     trace = poutine.trace(PerExample(count)(guide)).get_trace(**batch)
     sites = latent_sites(trace)
     return model.value_at({name: site["value"] for name, site in sites.items()})

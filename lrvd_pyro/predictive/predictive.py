@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lrvd_pyro.batches import batch_size, opened, without_labels
+from lrvd_pyro.batches import Batch, batch_size, opened, without_labels
 from lrvd_pyro.inference.programs import Guide
 from lrvd_pyro.models.base import RankModel, evaluating
 from lrvd_pyro.predictive.draws import (
@@ -23,19 +23,19 @@ from lrvd_pyro.predictive.draws import (
 )
 from lrvd_pyro.predictive.fan_out import FanOut
 from lrvd_pyro.predictive.linearized import (
-    GateMoments,
+    GateGaussian,
     Linearized,
     check_linearizable,
-    gate_moments,
+    gate_gaussian,
 )
 
-Batch = dict[str, Any]
+__all__ = ["mean_value", "posterior_mean", "posterior_sample", "predict"]
 
 
 def predict(
     model: RankModel,
     guide: Guide | None,
-    batches: Iterable[Mapping[str, Any]],
+    batches: Iterable[Batch],
     num_samples: int = 16,
     *,
     method: Literal["sample", "linearized"] = "sample",
@@ -47,20 +47,18 @@ def predict(
 ) -> Any:
     """The posterior predictive, by draws of the adapter or linearized in its gates.
 
-    "sample": ``p(y | x) = 1/S sum_s p(y | x, z_s)``, the same S draws for every batch.
-    What precedes the first LoRA layer with a rank, a share p of the network, runs once
-    a batch: ``p + S (1 - p)`` forward passes (see `FanOut`).
+    "sample": ``p(y | x) = 1/S sum_s p(y | x, z_s)``, with the same S draws for every
+    batch. The network before the first LoRA layer with a rank, a share p of it, runs
+    once per batch. That makes ``p + S (1 - p)`` forward passes (see `FanOut`).
 
-    "linearized": ``p(y | x) = E p(y | c)``, ``c ~ Normal(c(m), J V J^T)``. c are logit
-    differences or a mean, J is their Jacobian at the posterior mean m of the gate, V
-    the gate's posterior covariance. The expectation takes 1,024 points, which cost
-    nothing; ``num_samples`` and ``max_batch`` play no part. One forward pass and a
-    backward pass per logit difference: C - 1 for C classes, one for regression. Wrong
-    where the posterior is wide: it sees no curvature, nor a mean that the noise itself
-    moves. On a small encoder it beats 16 samples up to a noise sqrt(alpha) of about 1
-    and is of no use from 3 on (``examples/linearized.py``).
+    "linearized": ``p(y | x) = E p(y | c)`` with ``c ~ Normal(c(m), J V J^T)``. The
+    contrasts c are logit differences or a mean. J is their Jacobian at the posterior
+    mean m of the gate, and V is the gate's posterior covariance. The expectation takes
+    1,024 points, which cost nothing; ``num_samples`` and ``max_batch`` play no part.
+    The cost is one forward pass, and one backward pass per contrast: C - 1 for C
+    classes, one for regression.
 
-    The network runs in eval mode; its mode and the random state are restored.
+    The network runs in eval mode. Its mode and the random state are restored.
 
     Example::
 
@@ -73,28 +71,34 @@ def predict(
         batches: Dicts of tensors as the model takes them; labels are ignored.
         num_samples: The number of draws S.
         method: "sample" or "linearized".
-        posterior_samples: Draws to use instead of the guide's, by site, the first axis
-            over S: from `pyro.infer.Predictive` or MCMC. S is theirs.
+        posterior_samples: Draws to use instead of the guide's, by site, ``S x size``
+            each: from `pyro.infer.Predictive` or MCMC. Their number replaces
+            ``num_samples``.
         return_samples: Keep each draw's prediction, ``S x n x ...``.
-        max_batch: The most rows of a forward pass that holds several draws; a batch is
+        max_batch: The most rows of a forward pass that holds several draws. A batch is
             never cut. None takes 16 on a CPU, 256 elsewhere.
-        seed: Of the draws.
+        seed: Seed of the draws.
         progress: Show a bar over the batches.
 
     Returns:
-        A `CategoricalPrediction` or `NormalPrediction`, as the likelihood has it.
+        What the likelihood collects: a `CategoricalPrediction` or a
+        `NormalPrediction`, for instance.
 
     Raises:
-        TypeError: If ``batches`` is one batch, or a batch holds no tensor; and if
-            linearized, for `FactorLoRA` and DoRA layers, which take no gate per
-            example.
-        ValueError: If there is no batch, ``num_samples`` or ``max_batch`` is below 1,
-            ``method`` is neither, the guide has no parameters yet, or the draws lack a
-            latent site, differ in number, or are one alone if linearized; and if
-            linearized, where an example's gates move other examples' predictions.
+        TypeError: If ``batches`` is one batch, or a batch holds no tensor. Linearized
+            also for `FactorLoRA` and DoRA layers, which take no gate per example, and
+            for a likelihood without contrasts.
+        ValueError: If there is no batch, or the guide has no parameters yet. If
+            ``num_samples`` or ``max_batch`` is below 1, or ``method`` is neither of the
+            two. If the draws lack a latent site or differ in number. Linearized also if
+            there is only one draw, or if an example's gates move other examples'
+            predictions.
 
-    Source: of the linearized predictive MacKay (1992); Immer, Korzepa and Bauer (2021,
-    arXiv 2008.08216); Daxberger et al. (2021, arXiv 2106.14806).
+    Wrong when the posterior is wide, if linearized: it ignores curvature, and any shift
+    that the noise causes in the mean (see examples/results/README.md).
+
+    Source: for the linearized predictive, MacKay (1992); Immer, Korzepa and Bauer
+    (2021, arXiv 2008.08216); Daxberger et al. (2021, arXiv 2106.14806).
     """
     if method not in ("sample", "linearized"):
         raise ValueError(f'method={method!r}; expected "sample" or "linearized"')
@@ -110,16 +114,17 @@ def predict(
     first = next(inputs)
     fields: dict[str, list[Tensor]] = {}
     with evaluating(model), torch.no_grad(), seeded(seed):
-        outputs: Callable[[Batch], Tensor]
+        outputs: Callable[[dict[str, Any]], Tensor]
         if method == "linearized":
-            moments = _moments(model, guide, first, posterior_samples)
-            outputs = Linearized(model, moments)
+            gaussian = _gaussian(model, guide, first, posterior_samples)
+            outputs = Linearized(model, gaussian)
         else:
             draws = posterior_draws(model, guide, first, num_samples, posterior_samples)
             outputs = FanOut(model, bound_values(model, draws), max_batch)
         rest = tqdm(chain([first], inputs), disable=not progress, desc="predict")
         for batch in rest:
             for name, field in model.likelihood.summarize(outputs(batch)).items():
+                # S x n x ... outgrows memory where the other fields do not.
                 if name != "samples" or return_samples:
                     fields.setdefault(name, []).append(field)
     return model.likelihood.collect({k: torch.cat(v) for k, v in fields.items()})
@@ -131,7 +136,7 @@ def posterior_sample(
 ) -> Iterator[PeftModel]:
     """Run the network under one draw from the posterior within the block.
 
-    Anything of Transformers works there, ``generate`` too::
+    All of Transformers works there, ``generate`` too::
 
         with posterior_sample(model, guide, seed=0) as net:
             net.generate(**prompt)
@@ -139,7 +144,10 @@ def posterior_sample(
     Args:
         model: The trained model.
         guide: Its guide, which must not look at the batch.
-        seed: Of the draw; the random state is restored.
+        seed: Seed of the draw; the random state is restored.
+
+    Raises:
+        ValueError: If the guide has no parameters yet, or lacks a latent site.
     """
     with torch.no_grad(), seeded(seed):
         value = model.value_at(draw_latents(model, guide, {}))
@@ -153,36 +161,56 @@ def posterior_mean(
 ) -> Iterator[PeftModel]:
     """Run the network at the posterior mean of its adapter within the block.
 
-    Exact for guides with a method ``mean`` (`RankDiagonal`); for others the mean of
-    ``num_samples`` draws of the guide, which cost no forward pass.
+    The mean is exact for guides with a method ``mean`` (`RankDiagonal`). For others it
+    is the mean of ``num_samples`` draws, which cost no forward pass.
+
+    Example::
+
+        with posterior_mean(model, guide) as net:
+            logits = net(**batch).logits
+
+    Args:
+        model: The trained model.
+        guide: Its guide, which must not look at the batch.
+        num_samples: The number of draws for guides without ``mean``.
+
+    Raises:
+        ValueError: If the guide has no parameters yet, or lacks a latent site.
+
+    Wrong as the mean of the predictions: the network is not linear in its adapter.
+    `predict` averages predictions.
     """
     with model.bind(mean_value(model, guide, num_samples)):
         yield model.base_net
 
 
 def mean_value(model: RankModel, guide: Guide, num_samples: int = 1000) -> Tensor:
-    """What the model binds at the posterior mean; see `posterior_mean`."""
+    """What the model binds at the posterior mean, `R` or `K`; see `posterior_mean`."""
     with torch.no_grad(), seeded(0):
         if hasattr(guide, "mean"):
             mean: Tensor = guide.mean()
             return mean
+        # The mean of what is bound, not what is bound at the mean: a gate may be a
+        # product of latent sites.
         draws = (draw_latents(model, guide, {}) for _ in range(num_samples))
         return torch.stack([model.value_at(z) for z in draws]).mean(0)
 
 
-def _inputs(batch: Mapping[str, Any]) -> Batch:
+def _inputs(batch: Batch) -> dict[str, Any]:
     inputs = without_labels(batch)
-    batch_size(inputs)
+    batch_size(inputs)  # refuses a batch without tensors before the network runs
     return inputs
 
 
-def _moments(
+def _gaussian(
     model: RankModel,
     guide: Guide | None,
     batch: Batch,
     posterior_samples: Mapping[str, Tensor] | None,
-) -> GateMoments:
+) -> GateGaussian:
+    """The gate's mean and covariance, from the caller's draws or from the guide."""
     if posterior_samples is not None:
-        return GateMoments.of_draws(bound_values(model, unstack(posterior_samples)))
+        return GateGaussian.of_draws(bound_values(model, unstack(posterior_samples)))
     check_ready(guide)
-    return gate_moments(model, guide, batch)
+    assert guide is not None  # check_ready refuses None
+    return gate_gaussian(model, guide, batch)

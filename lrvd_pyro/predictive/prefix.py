@@ -1,10 +1,11 @@
-"""What a network computes before its first live LoRA layer, kept and handed out again.
+"""What a network computes before its first live LoRA layer: recorded, then replayed.
 
-It is the same for every draw. Module by module it is kept from one pass and returned in
-later ones, which may hold the batch several times over.
+A LoRA layer is live while it has a rank. The outputs of the modules before it are the
+same under every draw. They are recorded in one pass and returned in later passes, which
+may hold the batch several times over.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,26 +16,32 @@ from torch import Tensor, nn
 from lrvd_pyro._compat.torch import tree_leaves, tree_map
 from lrvd_pyro.rank_space.space import RankSpace
 
-Call = Callable[..., Any]
+__all__ = ["Prefix"]
+
+_Forward = Callable[..., Any]
 
 
 class Prefix:
-    """What a network computes before its first LoRA layer with a rank.
+    """The modules of a network that run before its first LoRA layer with a rank.
 
-    The modules are the outermost ones without such a layer: embeddings, whole blocks.
+    They are the outermost modules without such a layer: embeddings, whole blocks.
+
+    Args:
+        space: The rank space of the network's adapter.
     """
 
     def __init__(self, space: RankSpace) -> None:
         layers: Any = space.layers
         self.live: tuple[nn.Module, ...] = layers
         outermost = _outermost(space.net, set(self.live))
+        # A module may stand at several places in the network.
         self.modules = tuple(dict.fromkeys(outermost))
-        self.calls: dict[nn.Module, list[Recorded]] = {}
+        self.calls: dict[nn.Module, list[_RecordedCall]] = {}
         self._open = False
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Keep what the modules return in one pass, up to the first live layer."""
+        """Record what the modules return in one pass, up to the first live layer."""
         self.calls, self._open = {}, True
         hooks = [layer.register_forward_pre_hook(self._close) for layer in self.live]
         try:
@@ -46,37 +53,49 @@ class Prefix:
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """Let the modules return in one pass what was kept, for as many copies."""
+        """Return the recorded outputs in one pass, once per copy of the batch."""
         left = {module: iter(calls) for module, calls in self.calls.items()}
         with _patched(left, partial(_replay, left)):
             yield
 
-    def _close(self, *_: Any) -> None:
+    def _close(self, *_: object) -> None:
+        # From the first live layer on, outputs depend on the draw.
         self._open = False
 
-    def _record(self, module: nn.Module, forward: Call, *args: Any, **kw: Any) -> Any:
+    def _record(
+        self, module: nn.Module, forward: _Forward, *args: object, **kwargs: object
+    ) -> object:
         if not self._open:
-            return forward(*args, **kw)
-        self._open = False  # a module within this one will not be called again
-        output = forward(*args, **kw)
+            return forward(*args, **kwargs)
+        # A replay calls no module inside this one. A call of one must not be recorded
+        # here, or its calls elsewhere in the network would get that output.
+        self._open = False
+        output = forward(*args, **kwargs)
         self._open = True
-        kept = Recorded(_leading((args, kw)), tree_map(_copy, output))
-        self.calls.setdefault(module, []).append(kept)
+        call = _RecordedCall(_lengths((args, kwargs)), tree_map(_copy, output))
+        self.calls.setdefault(module, []).append(call)
         return output
 
 
 @dataclass(frozen=True)
-class Recorded:
-    """A module's output, and the leading sizes of the tensors that it was given."""
+class _RecordedCall:
+    """One call of a module.
 
-    sizes: list[int]
-    output: Any
+    Attributes:
+        lengths: The length of the first axis of each tensor that it was given.
+        output: What it returned.
+    """
 
-    def repeated(self, sizes: list[int]) -> Any:
-        """The output for inputs of these leading sizes, copy after copy."""
-        times = {old: new // old for old, new in zip(self.sizes, sizes) if new != old}
+    lengths: list[int]
+    output: object
 
-        def repeat(leaf: Any) -> Any:
+    def repeated(self, lengths: list[int]) -> object:
+        """The output for inputs of these lengths, copy after copy."""
+        # Only an axis whose length has grown runs over rows. Constants keep theirs.
+        pairs = zip(self.lengths, lengths)
+        times = {old: new // old for old, new in pairs if new != old}
+
+        def repeat(leaf: object) -> object:
             if (
                 not isinstance(leaf, Tensor)
                 or leaf.dim() == 0
@@ -89,16 +108,16 @@ class Recorded:
 
 
 def _replay(
-    left: dict[nn.Module, Iterator[Recorded]],
+    left: dict[nn.Module, Iterator[_RecordedCall]],
     module: nn.Module,
-    forward: Call,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    kept = next(left[module], None)
-    if kept is None:
+    forward: _Forward,
+    *args: object,
+    **kwargs: object,
+) -> object:
+    call = next(left[module], None)
+    if call is None:
         return forward(*args, **kwargs)
-    return kept.repeated(_leading((args, kwargs)))
+    return call.repeated(_lengths((args, kwargs)))
 
 
 def _outermost(module: nn.Module, live: set[nn.Module]) -> Iterator[nn.Module]:
@@ -106,6 +125,8 @@ def _outermost(module: nn.Module, live: set[nn.Module]) -> Iterator[nn.Module]:
     for child in module.children():
         if child in live:
             continue
+        # Containers such as ModuleList have no forward of their own: their children
+        # are called in their place.
         never_called = type(child).forward is nn.Module.forward
         if never_called or not live.isdisjoint(child.modules()):
             yield from _outermost(child, live)
@@ -114,25 +135,29 @@ def _outermost(module: nn.Module, live: set[nn.Module]) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def _patched(modules: Any, call: Call) -> Iterator[None]:
-    """Let ``call(module, forward, ...)`` stand for each module's forward."""
-    own = {module: module.__dict__.get("forward") for module in modules}
-    for module in own:
+def _patched(modules: Iterable[nn.Module], call: _Forward) -> Iterator[None]:
+    """Let ``call(module, forward, ...)`` replace each module's forward in the block.
+
+    An instance may have a ``forward`` of its own, as accelerate sets it: it comes back.
+    """
+    own_forwards = {module: module.__dict__.get("forward") for module in modules}
+    for module in own_forwards:
         module.__dict__["forward"] = partial(call, module, module.forward)
     try:
         yield
     finally:
-        for module, forward in own.items():
+        for module, forward in own_forwards.items():
             del module.__dict__["forward"]
             if forward is not None:
                 module.__dict__["forward"] = forward
 
 
-def _leading(tree: Any) -> list[int]:
+def _lengths(tree: object) -> list[int]:
+    """The length of the first axis of each tensor in nested containers."""
     tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
     return [len(tensor) for tensor in tensors if tensor.dim() > 0]
 
 
-def _copy(leaf: Any) -> Any:
-    """A tensor that whoever gets it may write to."""
+def _copy(leaf: object) -> object:
+    """A copy of a tensor, which the network may write to in place."""
     return leaf.clone() if isinstance(leaf, Tensor) else leaf

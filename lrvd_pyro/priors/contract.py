@@ -9,16 +9,19 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 
-from lrvd_pyro.inference import kl as divergence
+from lrvd_pyro.inference.kl import latent_sites
 from lrvd_pyro.inference.per_example import PerExample
+from lrvd_pyro.inference.programs import Site
 from lrvd_pyro.priors.base import Prior
 from lrvd_pyro.rank_space.space import RankSpace
 
-STRAIGHT_THROUGH = (
+__all__ = ["check_prior"]
+
+_STRAIGHT_THROUGH = (
     dist.RelaxedBernoulliStraightThrough,
     dist.RelaxedOneHotCategoricalStraightThrough,
 )
-CONTRACT = """A prior maps a RankSpace to the gate, of event shape (R,):
+_CONTRACT = """A prior maps a RankSpace to the gate, of event shape (R,):
   - every latent site has one event dimension: .to_event(1), a global scale shape (1,)
   - indexing is by [..., index], and nothing stands in a plate
   - no pyro.factor; parameters stand in a PyroModule, not in pyro.param
@@ -30,15 +33,22 @@ for example
 
 
 def check_prior(prior: Prior, space: RankSpace) -> bool:
-    """Run a prior with batches of 2, R and R + 1; raise where it breaks the contract.
+    """Run a prior on batches of 2, R and R + 1 examples, and check its contract.
+
+    Args:
+        prior: The prior.
+        space: The rank space of R components that the prior is for.
 
     Returns:
         Whether the prior itself puts a site named ``gate`` into the trace.
 
     Raises:
-        ValueError: With the contract and the offending site.
+        ValueError: If the contract is broken, with the contract and the site.
     """
+    # Where the batch is as large as a site, a scalar or a plain index broadcasts along
+    # the wrong axis without an error. A size of its own tells the axes apart.
     for batch in sorted({2, max(space.size, 2), space.size + 1}):
+        # A trial run: the random state and Pyro's store stay as they are.
         with (
             torch.random.fork_rng(),
             pyro.get_param_store().scope(),
@@ -63,16 +73,16 @@ def check_prior(prior: Prior, space: RankSpace) -> bool:
         nodes: dict[str, Any] = run.trace.nodes
         if "gate" in nodes and not torch.equal(nodes["gate"]["value"], gate):
             raise _breach("the site 'gate' is not what it returns; rename the site")
-        _check_rows(prior, space, gate, divergence.latent_sites(run.trace))
+        _check_rows(prior, space, gate, latent_sites(run.trace))
     return "gate" in run.trace.nodes
 
 
 def _check_sites(prior: Prior, trace: poutine.Trace) -> None:
     """Raise if a site of the trace breaks the contract."""
-    own = set(prior.parameters()) if isinstance(prior, nn.Module) else set()
+    registered = set(prior.parameters()) if isinstance(prior, nn.Module) else set()
     nodes: dict[str, Any] = trace.nodes
     for name, site in nodes.items():
-        if site["type"] == "param" and _unconstrained(site["value"]) not in own:
+        if site["type"] == "param" and _unconstrained(site["value"]) not in registered:
             raise _breach(f"{name!r} is a pyro.param; make the prior a PyroModule")
         if site["type"] != "sample" or site_is_subsample(site):
             continue
@@ -80,9 +90,10 @@ def _check_sites(prior: Prior, trace: poutine.Trace) -> None:
             continue
         if site["is_observed"]:
             raise _breach(f"site {name!r} is observed (or a pyro.factor)")
+        # The one frame is that of PerExample.
         if len(site["cond_indep_stack"]) != 1:
             raise _breach(f"site {name!r} stands in a plate")
-        if isinstance(getattr(site["fn"], "base_dist", site["fn"]), STRAIGHT_THROUGH):
+        if isinstance(getattr(site["fn"], "base_dist", site["fn"]), _STRAIGHT_THROUGH):
             raise _breach(
                 f"site {name!r} is a straight-through draw, whose density is known for "
                 f"the very tensor that was drawn and for no copy of it; take "
@@ -95,24 +106,27 @@ def _check_sites(prior: Prior, trace: poutine.Trace) -> None:
             )
 
 
-def _unconstrained(value: Any) -> Any:
+def _unconstrained(value: object) -> object:
     return value.unconstrained() if hasattr(value, "unconstrained") else value
 
 
-def _check_rows(prior: Prior, space: RankSpace, gate: Tensor, sites: Any) -> None:
+def _check_rows(
+    prior: Prior, space: RankSpace, gate: Tensor, sites: dict[str, Site]
+) -> None:
     """Raise if an example's gate, or a density, depends on another example's draw."""
+    # An example alone, at the same draws, must give what it gave among others.
     for row in (0, 1):
-        given = {name: site["value"][row] for name, site in sites.items()}
-        with poutine.block(), poutine.trace() as run, poutine.condition(data=given):
+        draws = {name: site["value"][row] for name, site in sites.items()}
+        with poutine.block(), poutine.trace() as run, poutine.condition(data=draws):
             alone = prior(space)
         same = torch.allclose(alone, gate[row], equal_nan=True)
         for name, site in sites.items():
             fn: Any = run.trace.nodes[name]["fn"]
             density = site["fn"].log_prob(site["value"])[row]
-            same &= torch.allclose(fn.log_prob(given[name]), density, equal_nan=True)
+            same &= torch.allclose(fn.log_prob(draws[name]), density, equal_nan=True)
         if not same:
             raise _breach("an example's gate depends on the draws of other examples")
 
 
 def _breach(problem: str) -> ValueError:
-    return ValueError(f"the prior breaks its contract: {problem}\n{CONTRACT}")
+    return ValueError(f"the prior breaks its contract: {problem}\n{_CONTRACT}")

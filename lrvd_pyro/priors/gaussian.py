@@ -8,13 +8,24 @@ from lrvd_pyro.inference.param_store import FreezableModule
 from lrvd_pyro.priors.base import positive, sample_site
 from lrvd_pyro.rank_space.space import RankSpace
 
+__all__ = ["ARD", "Normal"]
+
 
 class Normal:
-    """Gates ~ Normal(0, scale): a Gaussian weight on each rank component.
+    """Gaussian gates: a Gaussian weight on each rank component.
 
-    Proper; ``scale`` is in units of the gate, whose posterior mean `RankDiagonal` holds
-    at 1. Were that mean learned, without ``weight_prior``, the minimum over it would be
-    `ARD`. Site: ``gate``, event shape (R,).
+    ``gate_i ~ Normal(0, scale)``, independently. Proper. `RankDiagonal` holds the
+    posterior mean of the gate at 1, and ``scale`` is in the same units. If the mean
+    were learned without ``weight_prior``, the minimum over it would be that of `ARD`.
+
+    Site: ``gate``, event shape (R,).
+
+    Example::
+
+        GateLoRA(net, prior=Normal(1.0), weight_prior=dist.Normal(0, 1), num_data=N)
+
+    Args:
+        scale: The standard deviation of a gate.
 
     Raises:
         ValueError: If ``scale`` is not positive.
@@ -28,21 +39,28 @@ class Normal:
 
 
 class ARD(FreezableModule):
-    """Gates ~ Normal(0, sqrt(gamma_i)), with gamma learned as part of the model.
+    """Gaussian gates whose variances are learned: automatic relevance determination.
 
-    Automatic relevance determination. Proper given gamma. At the best gamma,
-    ``1 + alpha``, the KL from N(1, alpha) is ``log(1 + 1/alpha) / 2`` nats: invariant
-    to scale, and falling to 0 as 1/alpha. Site: ``gate``, event shape (R,); parameter
-    ``log_gamma`` (R,), made when the prior first sees its rank space.
+    ``gate_i ~ Normal(0, sqrt(gamma_i))``, with gamma learned as part of the model.
+    Proper given gamma. At the best gamma, ``1 + alpha``, the KL from N(1, alpha) is
+    ``log(1 + 1/alpha) / 2`` nats. That KL is invariant to scale, and falls to 0 as
+    1/alpha does.
 
-    Wrong as a density of anything: gamma is fitted to the data, so the objective is an
+    Site: ``gate``, event shape (R,). Parameter: ``log_gamma`` (R,), made when the prior
+    first sees its rank space. So each model needs an `ARD` of its own.
+
+    Wrong as a density of anything: gamma is fitted to the data. The objective is an
     evidence bound only for gamma fixed beforehand.
+
+    Example::
+
+        model = GateLoRA(net, prior=ARD(), num_data=len(train))
 
     Source: MacKay (1994); Tipping (2001).
     """
 
     def forward(self, space: RankSpace) -> Tensor:
-        """Draw the site ``gate``."""
+        """Draw the site ``gate``, ``R`` (``B x R`` when drawn per example)."""
         if not hasattr(self, "log_gamma"):
             self.log_gamma = nn.Parameter(0 * space.ones())
         scale = torch.exp(0.5 * self.log_gamma)

@@ -12,20 +12,31 @@ from lrvd_pyro.priors.base import positive, sample_site
 from lrvd_pyro.rank_space.coordinates import Level
 from lrvd_pyro.rank_space.space import RankSpace
 
+__all__ = ["Hierarchical", "Horseshoe"]
+
 
 class Horseshoe:
     """Products of half-Cauchy scales, one per level: the hierarchical gate prior.
 
-    ``gate_i = global_scale * module_scale[m(i)] * rank_scale_i``, each half-Cauchy;
-    heavy tails at 0 and at infinity, so that most ranks vanish and some stay as they
-    are. With a ``slab`` c, ``gate = g / sqrt(1 + (g/c)^2)``, g being that product: no
-    gate exceeds c.
+    ``gate_i = global_scale * module_scale[m(i)] * rank_scale_i``, each half-Cauchy. The
+    tails are heavy at 0 and at infinity, so that most ranks vanish and some stay as
+    they are. With a ``slab`` c, ``gate = g / sqrt(1 + (g/c)^2)`` for that product g:
+    no gate exceeds c.
 
-    Proper; scales in units of the gate. Sites: ``global_scale`` (1,), ``module_scale``
-    (M,), ``rank_scale`` (R,), as chosen; ``gate`` (R,) is deterministic.
+    Proper; scales are in units of the gate. Sites, as chosen by ``levels``:
+    ``global_scale`` (1,), ``module_scale`` (M,), ``rank_scale`` (R,). The site ``gate``
+    (R,) is deterministic.
+
+    Wrong without ``GateLoRA(..., weight_prior=Normal(0, 1))``: with A and B free, the
+    map b -> b s undoes the global scale.
+
+    Example::
+
+        prior, on_weights = Horseshoe(0.1), dist.Normal(0, 1)
+        model = GateLoRA(net, prior=prior, weight_prior=on_weights, num_data=len(train))
 
     Args:
-        scale: Of the highest level's half-Cauchy; those below have 1.
+        scale: The scale of the highest level's half-Cauchy; lower levels have 1.
         levels: Which of "global", "module" and "rank" there are, from the top.
         slab: The bound c; None for no bound.
 
@@ -33,9 +44,9 @@ class Horseshoe:
         ValueError: If ``scale`` or ``slab`` is not positive, or a level is unknown,
             missing or out of order.
 
-    Source: Carvalho, Polson and Scott (2009); as group prior of layers, Louizos,
-    Ullrich and Welling (2017, arXiv 1705.08665); the slab, here without a prior of its
-    own, Piironen and Vehtari (2017, arXiv 1707.01694).
+    Source: Carvalho, Polson and Scott (2009). As group prior of layers: Louizos,
+    Ullrich and Welling (2017, arXiv 1705.08665). The slab, here without a prior of its
+    own: Piironen and Vehtari (2017, arXiv 1707.01694).
     """
 
     def __init__(
@@ -58,7 +69,8 @@ class Horseshoe:
         self.levels = tuple(levels)
         self.slab = None if slab is None else positive("slab", slab)
         self.start: dict[str, float] = {}
-        if self.slab is not None and self.slab > 1:  # where the gate is 1
+        # The gate starts at 1, and with a slab the product must be larger for that.
+        if self.slab is not None and self.slab > 1:
             lowest = f"{self.levels[-1]}_scale"
             self.start[lowest] = 1 / math.sqrt(1 - self.slab**-2)
 
@@ -74,7 +86,8 @@ class Horseshoe:
             scale = 1.0
         if self.slab is None:
             return gate
-        gate = gate.clamp(max=1e9 * self.slab)  # no product overflows, none changes
+        # A product may overflow; at 1e9 slabs the gate is the slab in any dtype.
+        gate = gate.clamp(max=1e9 * self.slab)
         return gate / torch.hypot(torch.ones_like(gate), gate / self.slab)
 
 
@@ -83,6 +96,13 @@ class Hierarchical:
 
     ``scale_g ~ HalfCauchy(1)``, ``gate_i ~ family(scale_g(i))``. Proper where the
     family is. Sites: ``<over>_scale`` (G,) and ``gate`` (R,).
+
+    Wrong without ``GateLoRA(..., weight_prior=Normal(0, 1))``, as every prior with a
+    scale: with A and B free, the map b -> b s undoes it.
+
+    Example::
+
+        prior = Hierarchical(partial(dist.Normal, 0.0), over="layer")
 
     Args:
         family: From scales, ``... x R``, to a distribution of that batch shape:

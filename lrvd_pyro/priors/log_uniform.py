@@ -11,22 +11,31 @@ from lrvd_pyro import distributions
 from lrvd_pyro.priors.base import positive, sample_site
 from lrvd_pyro.rank_space.space import RankSpace
 
+__all__ = ["LogUniform", "TruncatedLogUniform"]
+
 
 class LogUniform:
-    """Scale-invariant gates, ``p(z) = 1 / |z|`` independently for each rank component.
+    """Scale-invariant gates: log-uniform on the whole line.
 
-    Improper, without scale: it goes with Gaussian guides, whose KL then depends on the
-    noise-to-signal ratio alone, and has neither draws nor a posterior for MCMC. Site:
-    ``gate``, event shape (R,).
+    ``p(gate_i) = 1 / |gate_i|``, independently for each rank component. The prior is
+    improper and has no scale. Under a Gaussian guide, its KL depends on the
+    noise-to-signal ratio alone. Site: ``gate``, event shape (R,).
+
+    Wrong with guides that are not Gaussian: their KL has no minimum, and `RankELBO`
+    refuses them. Wrong with MCMC too, as the prior has neither draws nor a posterior.
+
+    Example::
+
+        model = GateLoRA(net, prior=LogUniform(), num_data=len(train))   # the default
 
     Args:
-        multiplicity: Count each gate as this many tied copies: `RankELBO` multiplies
-            the site's log densities in model and guide, so its KL. The number of
-            elements of A and B that a gate scales gives the strength of the published
-            code's prior.
+        multiplicity: Count each gate as this many tied copies. `RankELBO` multiplies
+            the site's log densities in model and guide, and therefore its KL. The
+            number of elements of A and B that a gate scales gives the strength of the
+            published code's prior.
 
     Raises:
-        ValueError: If ``multiplicity`` is not positive; or where the prior itself
+        ValueError: If ``multiplicity`` is not positive. Also where the prior itself
             would be sampled, by MCMC or by `pyro.infer.Predictive` without guide.
 
     Source: Kingma, Salimans and Welling (2015, arXiv 1506.02557); Molchanov, Ashukha
@@ -40,9 +49,10 @@ class LogUniform:
         return self.sample("gate", space.size)
 
     def sample(self, site: str, size: int) -> Tensor:
-        """Draw ``size`` components as one site."""
+        """Draw a vector of ``size`` components as one site."""
         prior = distributions.LogUniform().expand([size])
         independent: dist.TorchDistribution = prior.to_event(1)  # type: ignore[no-untyped-call]
+        # The multiplicity is a mark: a scale in the model alone would not reach the KL.
         infer: Any = {"multiplicity": self.multiplicity}
         value: Tensor = pyro.sample(site, independent, infer=infer)
         return value
@@ -51,7 +61,12 @@ class LogUniform:
 class TruncatedLogUniform:
     """Log-uniform gates on ``[exp(low), exp(high)]``, positive and proper.
 
-    Scale-invariant within its bounds. Site: ``gate``, event shape (R,).
+    ``p(gate_i) = 1 / (gate_i (high - low))`` within the bounds, where it is invariant
+    to scale. Site: ``gate``, event shape (R,).
+
+    Example::
+
+        model = GateLoRA(net, prior=TruncatedLogUniform(), num_data=len(train))
 
     Args:
         low: The lower bound of log z.

@@ -1,6 +1,7 @@
-"""The rank components of a PEFT LoRA model as one vector space; no Pyro.
+"""The rank components of a PEFT LoRA model as one vector space; knows no Pyro.
 
-`RankSpace` numbers them, binds draws into the forward pass and removes components.
+`RankSpace` numbers the components, binds draws into the forward pass and removes
+components. To admit another layer kind, start in ``find.py``.
 """
 
 from lrvd_pyro.rank_space.coordinates import Coordinates, Level

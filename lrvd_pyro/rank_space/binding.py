@@ -1,4 +1,4 @@
-"""The hooks on the LoRA layers of an adapter, and whether a draw can enter them."""
+"""The hooks on the LoRA layers of an adapter, and whether a draw reaches them."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,20 +10,22 @@ from torch import nn
 
 from lrvd_pyro._compat.transformers import checkpointing_blocks
 from lrvd_pyro.rank_space.bank import Bank, Parts
-from lrvd_pyro.rank_space.checkpointing import carried_by_checkpoints
+from lrvd_pyro.rank_space.checkpointing import carried_by_checkpointing
 from lrvd_pyro.rank_space.hooks import GateHook, WeightHook, obstacle, own_hooks
+
+__all__ = ["Binding", "Side"]
 
 Side = Literal["lora_A", "lora_B"]
 
 
 class Binding:
-    """Hooks on every LoRA layer of an adapter, which read one `Bank`.
+    """Puts hooks on every LoRA layer of an adapter; the hooks read one `Bank`.
 
     Args:
         net: The PEFT model.
         adapter: The adapter's name.
         layers: The LoRA layers by name, in the order of their rank components.
-        sides: Which weights may be drawn; gates need none.
+        sides: The weights that may be drawn; gates need none.
     """
 
     def __init__(
@@ -54,24 +56,29 @@ class Binding:
         """Let the forward passes within the block read ``parts``.
 
         Raises:
-            RuntimeError: As `require_live` and `check_fired` raise it.
+            RuntimeError: If `require_live` or `check_fired` raises it.
         """
         self.require_live()
+        # an outer block may have bound another kind of draw, which stays in force
         parts = {**(self.bank.parts or {}), **parts}
-        with self.bank.holding(parts), carried_by_checkpoints(self._blocks, self.bank):
+        with (
+            self.bank.holding(parts),
+            carried_by_checkpointing(self._blocks, self.bank),
+        ):
             yield
+        # A block without a forward pass shows nothing about the layers that it reaches.
         if any(gate.fired for gate in self._gates):
             self.check_fired()
 
     def check_fired(self) -> None:
-        """Raise if a LoRA module took no part in the passes so far."""
+        """Raise a RuntimeError if forward passes so far left some LoRA module out."""
         if self._fired:
             return
         silent = [n for n, gate in zip(self.layers, self._gates) if not gate.fired]
         if silent:
             raise RuntimeError(
-                f"the forward pass never reached the LoRA modules {silent}, so their "
-                f"rank components would be drawn in vain; leave them out of "
+                f"the forward pass never reached the LoRA modules {silent}, so draws "
+                f"of their rank components have no effect; leave them out of "
                 f"target_modules (LoraConfig's exclude_modules)"
             )
         self._fired = True
@@ -81,26 +88,26 @@ class Binding:
         first: nn.Module = next(iter(self.layers.values()))  # type: ignore[assignment]
         if first not in self.net.modules():
             raise RuntimeError(
-                f"adapter {self.adapter!r} was unloaded from the network, so that no "
-                f"draw can enter the forward pass; make the model again"
+                f"adapter {self.adapter!r} was unloaded from the network, so no draw "
+                f"can enter the forward pass; make the model again"
             )
         for (name, layer), gate in zip(self.layers.items(), self._gates, strict=True):
-            if found := obstacle(layer, self.adapter, gate):
+            if reason := obstacle(layer, self.adapter, gate):
                 raise RuntimeError(
-                    f"adapter {self.adapter!r} {found[0]} in {name!r}, so that no draw "
-                    f"can enter the forward pass; {found[1]}"
+                    f"adapter {self.adapter!r} {reason[0]} in {name!r}, so no draw "
+                    f"can enter the forward pass; {reason[1]}"
                 )
 
     def drop(self, names: set[str]) -> None:
         """Take the hooks off these layers; the others keep their order."""
-        stay = [i for i, name in enumerate(self.layers) if name not in names]
-        numbers = {old: new for new, old in enumerate(stay)}
+        kept = [i for i, name in enumerate(self.layers) if name not in names]
+        numbers = {old: new for new, old in enumerate(kept)}
         for hooks, key, hook in own_hooks(self._hooked, self.bank):
             if hook.index in numbers:
                 hook.index = numbers[hook.index]
             else:
                 del hooks[key]
-        self._gates = [self._gates[i] for i in stay]
+        self._gates = [self._gates[i] for i in kept]
         self.layers = {n: m for n, m in self.layers.items() if n not in names}
 
     def close(self) -> None:

@@ -1,10 +1,10 @@
-"""The points about which gates act, and what they leave behind.
+"""Centers of LoRA layers, and the constants that removed components leave behind.
 
-About a center c, rank activations h become ``c + z (h - c)``. What a removed component
-is at its center depends on no input: it goes into the bias of ``lora_B``, the
-``lora_bias`` of PEFT. Center and bias are buffers of ``lora_B``: the network's device,
-precision, copies and state take them along, and nobody trains them. Where nothing but
-the bias is left of a layer, `Skipped` and `Constant` stand for its A and B.
+About a center c, rank activations h become ``c + z (h - c)``. The output of a removed
+component at its center does not depend on the input. It is added to the bias of
+``lora_B``, which PEFT calls ``lora_bias``. Center and bias are buffers of ``lora_B``:
+they follow the network's device, precision, copies and state, and are not trained.
+Where only the bias of a layer is left, `_Skipped` and `Constant` replace its A and B.
 """
 
 from collections.abc import Iterable
@@ -14,34 +14,60 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+__all__ = [
+    "Constant",
+    "constant",
+    "give_bias",
+    "groups_of",
+    "hold_constant",
+    "is_constant",
+    "is_frozen_bias",
+    "leave_center",
+    "refuse_centers",
+]
+
 
 def refuse_centers(layers: Iterable[LoraLayer], adapter: str) -> None:
     """Raise a TypeError if the gates of an adapter act about a center."""
     if any(hasattr(layer.lora_B[adapter], "center") for layer in layers):
         raise TypeError(
-            "the adapter's gates act about a center, which drawn weights know nothing "
-            "of; take it away first: gauge.center(gate_model, None)"
+            "the adapter's gates act about a center, which drawn weights do not use; "
+            "remove it first: gauge.center(gate_model, None)"
         )
 
 
 @torch.no_grad()
 def leave_center(layer: LoraLayer, adapter: str, keep: Tensor) -> None:
-    """Add what goes, where ``keep`` (r,) is False, at its center to the bias."""
+    """Add the output of removed components at their center to the layer's bias.
+
+    Args:
+        layer: The LoRA layer, changed in place; nothing happens without a center.
+        adapter: The adapter's name.
+        keep: The components that stay, ``r``, bool.
+    """
     lora_B: Any = layer.lora_B[adapter]
     if hasattr(lora_B, "center"):
         lora_B.bias += constant(lora_B, ~keep)
 
 
-def constant(lora_B: Any, gone: Tensor) -> Tensor:
-    """``B diag(gone) c``: what components add at their centers, by the share gone."""
-    held: Tensor = gone.to(lora_B.center) * lora_B.center
-    weight: Tensor = lora_B.weight
-    return weight.flatten(1) @ held
+def constant(lora_B: nn.Module, gone: Tensor) -> Tensor:
+    """``B diag(gone) c``: what the components contribute at their center, ``out``.
+
+    Args:
+        lora_B: A ``lora_B`` with a center.
+        gone: The removed share of each component, ``r``, bool or in [0, 1].
+    """
+    center: Any = lora_B.center
+    weight: Any = lora_B.weight
+    contribution: Tensor = weight.flatten(1) @ (gone.to(center) * center)
+    return contribution
 
 
 def give_bias(layer: LoraLayer, adapter: str) -> None:
-    """A bias of 0 that does not train."""
+    """Give a layer's ``lora_B`` a bias of 0 that is not trained."""
     lora_B: Any = layer.lora_B[adapter]
+    # A buffer, since PEFT's set_adapter makes every Parameter of an adapter trainable.
+    # torch registers it only after the empty Parameter of that name is deleted.
     del lora_B.bias
     zero = lora_B.weight.detach().new_zeros(len(lora_B.weight))
     lora_B.register_buffer("bias", zero)
@@ -49,17 +75,17 @@ def give_bias(layer: LoraLayer, adapter: str) -> None:
 
 
 def hold_constant(layer: LoraLayer, adapter: str) -> None:
-    """Let a bias alone be left of a layer of rank 1: A and B zeros, no parameter."""
+    """Leave of a layer its bias alone: A and B become zeros of rank 1, not trained."""
     lora_A: Any = layer.lora_A[adapter]
     lora_B: Any = layer.lora_B[adapter]
-    layer.lora_A[adapter] = Skipped(lora_A.weight)
+    layer.lora_A[adapter] = _Skipped(lora_A.weight)
     layer.lora_B[adapter] = Constant(lora_B.weight, lora_B.bias)
 
 
-class Skipped(nn.Module):
-    """A ``lora_A`` before a `Constant`: it has nothing to compute.
+class _Skipped(nn.Module):
+    """Replaces the ``lora_A`` before a `Constant`, and passes its input through.
 
-    PEFT reads its weight, a row of zeros, when it merges and for its precision.
+    PEFT reads its weight, a row of zeros, for merging and for the precision.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -71,8 +97,11 @@ class Skipped(nn.Module):
         return x
 
 
-class Constant(Skipped):
-    """A ``lora_B`` of which a bias alone is left; it broadcasts over any input."""
+class Constant(_Skipped):
+    """Replaces a ``lora_B`` of which only the bias is left.
+
+    Its output is the bias, which broadcasts over any input.
+    """
 
     bias: Tensor
 
@@ -86,7 +115,7 @@ class Constant(Skipped):
 
 
 def is_frozen_bias(lora_B: nn.Module) -> bool:
-    """Whether a ``lora_B`` has a bias of `give_bias`: a buffer, which nobody trains."""
+    """Whether ``lora_B`` has a bias of `give_bias`, which is a buffer."""
     bias = getattr(lora_B, "bias", None)
     return bias is not None and not isinstance(bias, nn.Parameter)
 
@@ -97,5 +126,8 @@ def is_constant(layer: LoraLayer, adapter: str) -> bool:
 
 
 def groups_of(layer: LoraLayer, adapter: str) -> int:
-    """The groups of a convolution, to which its ranks are tied; 1 of other layers."""
+    """The number of groups of a convolution's ``lora_B``; 1 for other layers.
+
+    A grouped convolution ties its ranks to its groups.
+    """
     return getattr(layer.lora_B[adapter], "groups", 1)

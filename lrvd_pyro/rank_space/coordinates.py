@@ -1,4 +1,4 @@
-"""Which rank components belong together: by module, layer, module type, or all."""
+"""The groups of rank components: by module, layer, module type, or all together."""
 
 import re
 from collections.abc import Sequence
@@ -7,50 +7,54 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+__all__ = ["Coordinates", "Groups", "Level"]
+
 Level = Literal["global", "module", "layer", "type", "rank"]
-SHARED = ("module", "layer", "type")  # of which a vector may have one per group
 Coordinates = dict[str, list[str] | list[int]]
+_GROUPED = ("module", "layer", "type")  # levels whose groups a site's name may tell
 
 
 class Groups:
-    """The rank components of modules, in order, and their groups at each `Level`.
+    """Assigns each rank component to its group at each `Level`.
 
     Args:
-        modules: Dotted names.
-        ranks: How many rank components each has.
+        modules: Dotted names of the modules, in the order of their rank components.
+        ranks: The number of rank components of each module.
     """
 
     def __init__(self, modules: Sequence[str], ranks: Sequence[int]) -> None:
         self.modules, self.ranks = tuple(modules), tuple(ranks)
-        self._found: dict[tuple[Level, torch.device], tuple[Tensor, int]] = {}
+        self._cache: dict[tuple[Level, torch.device], tuple[Tensor, int]] = {}
 
     def coordinates(self) -> Coordinates:
         """See `RankSpace.coordinates`."""
-        found = [re.search(r"(?:^|\.)(\d+)\.(.+)$", name) for name in self.modules]
-        layers = [int(m.group(1)) if m else -1 for m in found]
-        types = [m.group(2) if m else name for m, name in zip(found, self.modules)]
-        each = [i for i, r in enumerate(self.ranks) for _ in range(r)]
+        matches = [re.search(r"(?:^|\.)(\d+)\.(.+)$", name) for name in self.modules]
+        layers = [int(m.group(1)) if m else -1 for m in matches]
+        types = [m.group(2) if m else name for m, name in zip(matches, self.modules)]
+        owners = [i for i, r in enumerate(self.ranks) for _ in range(r)]
         return {
-            "module": [self.modules[i] for i in each],
-            "type": [types[i] for i in each],
-            "layer": [layers[i] for i in each],
+            "module": [self.modules[i] for i in owners],
+            "type": [types[i] for i in owners],
+            "layer": [layers[i] for i in owners],
             "rank": [j for r in self.ranks for j in range(r)],
         }
 
     def at(self, level: Level, device: torch.device) -> tuple[Tensor, int]:
-        """Each component's group, (R,), and how many there are; found once."""
+        """The group number of each component, ``R``, and the number of groups."""
         key = level, device
-        if key not in self._found:
+        if key not in self._cache:
             numbers = self._numbers(level)
-            with torch.inference_mode(False):  # a backward pass may keep the tensor
+            # The first call may come under inference_mode (in a prediction); a later
+            # backward pass cannot save a tensor that was made there.
+            with torch.inference_mode(False):
                 index = torch.tensor(numbers, device=device)
-            self._found[key] = index, max(numbers) + 1
-        return self._found[key]
+            self._cache[key] = index, max(numbers) + 1
+        return self._cache[key]
 
     def indices_kept(self, keep: Tensor, name: str, size: int) -> Tensor:
         """See `RankSpace.indices_kept`."""
         level = name.rpartition(".")[2].partition("_")[0]
-        if level in SHARED:
+        if level in _GROUPED:
             group, count = self.at(level, keep.device)  # type: ignore[arg-type]
             if size == count:
                 left = list(dict.fromkeys(group[keep].tolist()))
@@ -61,9 +65,9 @@ class Groups:
             return torch.zeros(1, dtype=torch.long, device=keep.device)
         raise TypeError(
             f"{name!r} has {size} components, and nothing says to which of the "
-            f"{len(keep)} rank components they belong; give it one, one per rank "
-            f"component, or one per group and a name that says so: module_scale, "
-            f"layer_scale, type_scale"
+            f"{len(keep)} rank components each belongs; give it one component, one per "
+            f"rank component, or one per group under a name that says so: "
+            f"module_scale, layer_scale, type_scale"
         )
 
     def _numbers(self, level: Level) -> list[int]:

@@ -1,4 +1,4 @@
-"""Which LoRA layers of a PEFT model a draw can enter, and the others with a way out."""
+"""Find the LoRA layers that a draw can enter; refuse the others with a way out."""
 
 import warnings
 from collections.abc import Iterable
@@ -10,17 +10,25 @@ from torch import nn
 from lrvd_pyro._compat.torch import is_compiled
 from lrvd_pyro.rank_space.constant import Constant
 
-# Layer kinds that send their rank activations through the module lora_B.
-GATED = {"Linear", "Conv1d", "Conv2d", "Conv3d", "Linear8bitLt", "Linear4bit"}
-VARIANTS = {"DoraLinearVariant"}
+__all__ = ["find_layers", "pick_adapter"]
+
+# An allow-list, since a hook fails in silence elsewhere: PEFT's MultiheadAttention and
+# ParamWrapper layers have a module lora_B and never call it. To admit another kind,
+# show in tests/rank_space/test_gates.py that its gate equals the gate folded into B.
+_GATED = {"Linear", "Conv1d", "Conv2d", "Conv3d", "Linear8bitLt", "Linear4bit"}
+_VARIANTS = {"DoraLinearVariant"}
 
 
 def pick_adapter(net: PeftModel, adapter: str | None) -> str:
-    """The named adapter, or the single active one.
+    """The name of an adapter that exists: the given one, or the single active one.
+
+    Args:
+        net: A PEFT model.
+        adapter: The adapter's name; None takes the single active one.
 
     Raises:
-        TypeError: If ``net`` is no PEFT model.
-        ValueError: If the adapter is unknown, or several are active.
+        TypeError: If ``net`` is not a PEFT model.
+        ValueError: If the adapter is unknown, or if not exactly one is active.
     """
     if not isinstance(net, PeftModel):
         compiled = isinstance(getattr(net, "_orig_mod", None), PeftModel)
@@ -47,12 +55,12 @@ def find_layers(net: PeftModel, adapter: str, *, linear: bool) -> dict[str, Lora
     Args:
         net: A PEFT model.
         adapter: The adapter's name.
-        linear: Whether weights will be drawn, which linear layers alone allow.
+        linear: Whether weights will be drawn, which only linear layers allow.
 
     Raises:
-        TypeError: If a hook on a layer would be silent or would mean something else.
-        ValueError: If there is no LoRA layer.
-        RuntimeError: If ``net`` or a part of it was compiled before.
+        TypeError: If a hook on a layer would do nothing or something else.
+        ValueError: If the adapter has no LoRA layer.
+        RuntimeError: If ``net`` or a part of it is compiled already.
     """
     layers = {
         name.removeprefix("base_model.model."): layer
@@ -70,26 +78,26 @@ def find_layers(net: PeftModel, adapter: str, *, linear: bool) -> dict[str, Lora
     _warn_of_dropout(layers, adapter)
     if is_compiled(net):
         raise RuntimeError(
-            "the network was compiled already and would never look at new hooks; "
-            "make the model first, then call net.compile()"
+            "the network was compiled before the model was made, and compiled code "
+            "ignores new hooks; make the model first, then call net.compile()"
         )
     return layers
 
 
 def _check_layer(name: str, layer: LoraLayer, adapter: str, linear: bool) -> None:
-    """Refuse a layer on which a hook would be silent or would mean something else."""
+    """Refuse a layer on which a hook would do nothing or something else."""
     kind = type(layer).__name__
     variant = type(layer.lora_variant.get(adapter)).__name__
     out = "leave it out of target_modules, or target the linear layers inside it"
-    if kind not in GATED:
+    if kind not in _GATED:
         raise TypeError(
-            f"{name!r} is a LoRA {kind} layer, whose rank activations never pass "
-            f"through a module; {out}"
+            f"{name!r} is a LoRA {kind} layer, whose rank activations do not pass "
+            f"through a hooked module; {out}"
         )
-    if adapter in layer.lora_variant and variant not in VARIANTS:
+    if adapter in layer.lora_variant and variant not in _VARIANTS:
         raise TypeError(
-            f"{name!r} uses {variant}, which is not W0 x + scaling B diag(z) A x; "
-            f"use plain LoRA, rsLoRA, or DoRA on linear layers"
+            f"{name!r} uses {variant}, which does not compute W0 x + scaling B diag(z) "
+            f"A x; use plain LoRA, rsLoRA, or DoRA on linear layers"
         )
     drawable = isinstance(layer.lora_B[adapter], nn.Linear | Constant)
     if linear and not drawable:
@@ -100,13 +108,13 @@ def _check_layer(name: str, layer: LoraLayer, adapter: str, linear: bool) -> Non
 
 
 def _refuse_attention_parts(net: PeftModel, names: Iterable[str]) -> None:
-    """nn.MultiheadAttention reads the weight of its projection and never calls it."""
+    """Refuse ``out_proj`` of nn.MultiheadAttention, which reads only its weight."""
     for name in names:
         parent = net.get_submodule(f"base_model.model.{name}".rpartition(".")[0])
         if isinstance(parent, nn.MultiheadAttention):
             raise TypeError(
-                f"{name!r} belongs to an nn.MultiheadAttention, which reads its weight "
-                f"and never calls it; leave it out of target_modules "
+                f"{name!r} belongs to an nn.MultiheadAttention, which reads the weight "
+                f"of this module and never calls it; leave it out of target_modules "
                 f"(LoraConfig's exclude_modules)"
             )
 

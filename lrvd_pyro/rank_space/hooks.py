@@ -1,9 +1,11 @@
-"""How a draw enters the forward pass of a PEFT LoRA layer.
+"""The hooks through which a draw enters the forward pass of a PEFT LoRA layer.
 
 A layer computes ``W0 x + scaling * lora_B(lora_A(x))``. A pre-hook on ``lora_B``
-multiplies the rank activations by a gate; forward hooks on ``lora_A`` and
-``lora_B`` replace their output by that of a drawn weight. The hooks only read a
-`Bank`; they are plain objects, so that the network can be pickled and copied.
+multiplies the rank activations by a gate. Forward hooks on ``lora_A`` and ``lora_B``
+replace the output by that of a drawn weight. The hooks only read a `Bank`, and never
+sample: activation checkpointing would draw a second time in the backward pass. They are
+objects, not closures: a network with closures cannot be pickled, and the closures of a
+copied network would read the original's draws.
 """
 
 from collections.abc import Iterable
@@ -18,11 +20,13 @@ from lrvd_pyro._compat.peft import caches_dora_norms
 from lrvd_pyro._compat.torch import forward_hooks
 from lrvd_pyro.rank_space.bank import Bank, Kind
 
+__all__ = ["GateHook", "WeightHook", "obstacle", "own_hooks"]
+
 
 class GateHook:
-    """Pre-hook on ``lora_B``: rank activations ``h`` (``..., r``) become ``h * z``.
+    """Pre-hook on ``lora_B``: rank activations ``h``, ``... x r``, become ``z h``.
 
-    Where ``lora_B`` has a center c they become ``c + z (h - c)``.
+    Where ``lora_B`` has a center c, they become ``c + z (h - c)``.
     """
 
     def __init__(self, bank: Bank, index: int) -> None:
@@ -36,25 +40,32 @@ class GateHook:
         if gate is None:
             return None
         h = args[0]
-        gate = gate.to(h)
+        gate = gate.to(
+            h
+        )  # else a float32 gate widens h, which a bfloat16 lora_B refuses
         center = getattr(module, "center", None)
+        # In a linear layer h is rows x tokens x r. In a convolution it is rows x r x
+        # space: there the rank axis has trailing axes.
         trailing = len(getattr(module, "kernel_size", ()))
         middle = h.dim() - 2 - trailing
         if gate.dim() == 2:
-            gate = repeat_rows(gate, h.shape[0])
+            gate = _repeat_rows(gate, h.shape[0])
             gate = gate.view(len(gate), *[1] * middle, gate.shape[1], *[1] * trailing)
         else:
             gate = gate.view(-1, *[1] * trailing)
         if center is None:
             return (h * gate, *args[1:])
         center = center.to(h).view(-1, *[1] * trailing)
+        # lerp gives h bit for bit where the gate is 1; the plain formula rounds there
         return (torch.lerp(center, h, gate), *args[1:])
 
 
 class WeightHook:
     """Forward hook on a linear ``lora_A`` or ``lora_B``: ``x`` times a drawn weight.
 
-    The weight is ``out x in``, or ``B x out x in`` with one weight per example.
+    The weight is ``out x in``, or ``B x out x in`` with one weight per example. A hook
+    and not torch's parametrize, which allows one weight per batch only, and renames the
+    keys of the state dict.
     """
 
     def __init__(self, bank: Bank, kind: Kind, index: int) -> None:
@@ -70,7 +81,7 @@ class WeightHook:
         weight, bias = weight.to(x), module.bias
         if weight.dim() == 2:
             return F.linear(x, weight, bias)  # type: ignore[arg-type]
-        check_rows(len(weight), x.shape[0])
+        _check_rows(len(weight), x.shape[0])
         rows = x.reshape(len(weight), -1, x.shape[-1]) @ weight.transpose(1, 2)
         rows = rows.reshape(output.shape)
         return rows if bias is None else rows + bias  # type: ignore[operator]
@@ -79,7 +90,13 @@ class WeightHook:
 def own_hooks(
     modules: Iterable[nn.Module], bank: Bank
 ) -> list[tuple[dict[int, Any], int, Any]]:
-    """The hooks of ``bank`` on these modules: where they stand, under which key."""
+    """The hooks that read ``bank`` on these modules.
+
+    Returns:
+        For each hook the dict that holds it, its key there, and the hook.
+    """
+    # found by a search, since a copied network has the hooks and no handles to them;
+    # a lora_B that has both kinds of hook occurs twice among the modules
     return [
         (hooks, key, hook)
         for module in dict.fromkeys(modules)
@@ -89,25 +106,25 @@ def own_hooks(
     ]
 
 
-def check_rows(examples: int, rows: int) -> None:
-    """Raise unless ``rows`` of the network are ``k`` consecutive rows per example."""
+def _check_rows(examples: int, rows: int) -> None:
+    """Raise a ValueError unless ``rows`` is ``k`` times the number of examples."""
     if rows % examples:
         raise ValueError(
             f"the batch has {examples} examples, but a LoRA layer sees {rows} rows, "
-            f"which is no multiple; draw once for the whole batch instead: "
+            f"which is not a multiple; draw once for the whole batch instead: "
             f'RankELBO(noise="batch")'
         )
 
 
-def repeat_rows(gate: Tensor, rows: int) -> Tensor:
-    """``B x r`` gates for ``rows = k B`` rows: each gate serves ``k`` rows in turn."""
-    check_rows(len(gate), rows)
+def _repeat_rows(gate: Tensor, rows: int) -> Tensor:
+    """``B x r`` gates as ``rows x r``: each serves ``rows / B`` consecutive rows."""
+    _check_rows(len(gate), rows)
     copies = rows // len(gate)
     return gate if copies == 1 else gate.repeat_interleave(copies, 0)
 
 
 def obstacle(layer: LoraLayer, adapter: str, gate: GateHook) -> tuple[str, str] | None:
-    """Why no draw can enter a layer at present, and what to do; None if one can."""
+    """Why no draw can enter a layer now, and the call that helps; None if one can."""
     if adapter not in layer.lora_B:
         return "was deleted", "build the model on another adapter"
     if gate not in forward_hooks(layer.lora_B[adapter])[0].values():

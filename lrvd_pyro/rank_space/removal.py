@@ -1,7 +1,7 @@
-"""Slicing what belongs to rank components: parameters and PEFT layers, in place.
+"""Slice the parameters and PEFT layers of rank components, in place.
 
-Drivers hold on to the parameters that they train, so every tensor stays the object that
-it is and only its data become smaller.
+SVI and optimizers keep references to the parameters that they train. A new parameter
+object would stop training in silence, so only the data of each tensor become smaller.
 """
 
 from typing import Any
@@ -13,23 +13,30 @@ from torch import Tensor
 from lrvd_pyro._compat.peft import delete_from_layer
 from lrvd_pyro.rank_space.constant import groups_of, hold_constant
 
-Cuts = dict[Tensor, tuple[int, Tensor]]  # a tensor's dimension, and which of it stay
+__all__ = [
+    "Cuts",
+    "check_mask",
+    "layer_cuts",
+    "replace_data",
+    "resize_layer",
+    "slice_tensors",
+]
+
+Cuts = dict[Tensor, tuple[int, Tensor]]  # the dimension to slice, the indices that stay
 
 
 def slice_tensors(cuts: Cuts) -> None:
-    """Keep of each tensor the given indices along the given dimension."""
+    """Keep only the given indices along the given dimension of each tensor."""
     for tensor, (dim, index) in cuts.items():
         data = tensor.data.index_select(dim, index.to(tensor.device))
         replace_data(tensor, data)
 
 
 def replace_data(tensor: Tensor, data: Tensor) -> None:
-    """Give a leaf tensor other data, of whatever shape; its gradient is dropped.
-
-    A graph that is still alive, such as that of the last loss, keeps the tensor's
-    gradient accumulator and with it the old shape; only data of another type make torch
-    forget it, hence the step in between.
-    """
+    """Give a leaf tensor other data, of any shape; its gradient is dropped."""
+    # A graph that is still alive, such as that of the last loss, keeps the tensor's
+    # gradient accumulator and its old shape. torch makes a new accumulator only after
+    # data of another dtype, so such data are set in between.
     other = torch.float16 if data.dtype != torch.float16 else torch.float32
     tensor.grad = None
     if tensor.is_floating_point():
@@ -38,23 +45,28 @@ def replace_data(tensor: Tensor, data: Tensor) -> None:
 
 
 def check_mask(keep: Tensor, size: int) -> None:
-    """Raise unless ``keep`` is bool, (size,), and keeps something."""
+    """Raise a ValueError unless ``keep`` is bool, ``size``, and keeps a component."""
     if keep.dtype != torch.bool or keep.shape != (size,) or not keep.any():
         raise ValueError(
             f"keep is {keep.dtype} {tuple(keep.shape)} with {int(keep.sum())} to keep; "
-            f"expected torch.bool ({size},), one entry per rank component and one True "
-            f"at least: guide.log_alpha <= 3"
+            f"expected torch.bool ({size},), one entry per rank component and at least "
+            f"one True: guide.log_alpha <= 3"
         )
 
 
 def layer_cuts(name: str, layer: LoraLayer, adapter: str, keep: Tensor) -> Cuts:
-    """What goes from ``lora_A`` and ``lora_B`` when ``keep`` (r,) stays.
+    """The cuts of ``lora_A`` and ``lora_B`` that leave the components ``keep``.
 
-    One component stays in any case where a bias needs a layer to live in; no kind of
-    layer computes without one, and PEFT knows no rank 0.
+    A layer with a bias keeps at least one component.
+
+    Args:
+        name: The layer's name, for messages.
+        layer: The LoRA layer; it is not changed.
+        adapter: The adapter's name.
+        keep: The components that stay, ``r``, bool.
 
     Raises:
-        TypeError: If the columns of ``lora_B`` are no rank components.
+        TypeError: If the layer is a grouped convolution.
         ValueError: If a DoRA layer would be left without rank.
     """
     index = keep.nonzero().squeeze(-1)
@@ -67,10 +79,12 @@ def layer_cuts(name: str, layer: LoraLayer, adapter: str, keep: Tensor) -> Cuts:
         )
     if len(index) == 0 and adapter in layer.lora_variant:
         raise ValueError(
-            f"no rank of the DoRA layer {name!r} would stay, but its magnitude is no "
-            f"part of any rank; keep one of them: prune(..., min_rank=1)"
+            f"no rank of the DoRA layer {name!r} would stay, but its magnitude belongs "
+            f"to the layer as a whole; keep at least one: prune(..., min_rank=1)"
         )
     if len(index) == 0 and layer.lora_bias.get(adapter):
+        # PEFT refuses rank 0, and the bias needs a layer: one component stays as its
+        # carrier, until `hold_constant` replaces its weights by zeros
         index = torch.zeros(1, dtype=torch.long)
     lora_A: Any = layer.lora_A[adapter]
     lora_B: Any = layer.lora_B[adapter]
@@ -81,11 +95,11 @@ def layer_cuts(name: str, layer: LoraLayer, adapter: str, keep: Tensor) -> Cuts:
 
 
 def resize_layer(layer: LoraLayer, adapter: str, rank: int) -> None:
-    """Let a layer's attributes say that its weights have this rank now.
+    """Set a layer's attributes to the rank that its sliced weights have now.
 
-    At rank 0 the adapter leaves the layer, unless it has a bias: see `hold_constant`.
-    The scaling stays as it is, which is then no longer ``lora_alpha / r``.
+    At rank 0 the adapter leaves the layer; if it has a bias, see `hold_constant`.
     """
+    # layer.scaling stays: lora_alpha / rank would change what the kept ranks compute
     if rank == 0 and layer.lora_bias.get(adapter):
         hold_constant(layer, adapter)
         rank = 1

@@ -1,9 +1,8 @@
 """The rank components of a PEFT LoRA model as one vector space.
 
 A LoRA module of rank ``r`` adds ``scaling * B diag(z) A x``; plain LoRA is ``z = 1``.
-`RankSpace` numbers the rank components of all modules of one adapter and binds a
-vector of gates, or drawn weights A and B, into the forward pass. It knows PEFT, and
-no inference.
+`RankSpace` numbers the rank components of all modules of one adapter. It binds a vector
+of gates, or drawn weights A and B, into the forward pass. It does not know inference.
 """
 
 import copy
@@ -29,6 +28,8 @@ from lrvd_pyro.rank_space.removal import (
     slice_tensors,
 )
 
+__all__ = ["RankSpace"]
+
 
 class RankSpace:
     """The rank components of one LoRA adapter, ``R = sum of ranks`` in all.
@@ -42,20 +43,20 @@ class RankSpace:
     Args:
         net: A PEFT model with a LoRA adapter.
         adapter: The adapter's name; None takes the single active one.
-        sides: Which weights `bind_weights` will draw; gates need none.
+        sides: The weights that `bind_weights` will draw; gates need none.
 
     Attributes:
         modules: Dotted names of the LoRA modules, as in the network without PEFT.
-        ranks: Their ranks, in the same order.
+        ranks: The rank of each module, in the same order.
         size: The sum of the ranks.
-        origin: For each rank component its number before any `select`.
-        constants: LoRA modules without rank, of which a bias is left, by name.
+        origin: The number of each rank component before any `select`.
+        constants: LoRA modules by name that have no rank left, only a bias.
 
     Raises:
-        TypeError: If ``net`` is no PEFT model, a layer kind cannot be gated, or weights
-            are to be drawn where gates act about a center.
+        TypeError: If ``net`` is not a PEFT model, or a layer kind cannot be gated; or
+            if ``sides`` are given while gates act about a center.
         ValueError: If the adapter is unknown, ambiguous or has no LoRA layer.
-        RuntimeError: If ``net`` or a part of it was compiled before.
+        RuntimeError: If ``net`` or a part of it is compiled already.
     """
 
     def __init__(
@@ -67,9 +68,9 @@ class RankSpace:
     ) -> None:
         self.net = net
         self.adapter = pick_adapter(net, adapter)
-        found = find_layers(net, self.adapter, linear=bool(sides))
-        layers = {n: m for n, m in found.items() if not is_constant(m, self.adapter)}
-        self.constants = {n: m for n, m in found.items() if n not in layers}
+        every = find_layers(net, self.adapter, linear=bool(sides))
+        layers = {n: m for n, m in every.items() if not is_constant(m, self.adapter)}
+        self.constants = {n: m for n, m in every.items() if n not in layers}
         if sides:
             refuse_centers(layers.values(), self.adapter)
         self.modules = tuple(layers)
@@ -82,70 +83,70 @@ class RankSpace:
         self.binding = Binding(net, self.adapter, layers, sides)
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
-        """A vector over the rank components, ``... x R``, as ``... x r`` per module."""
+        """A vector over the rank components, ``... x R``, as ``... x r`` by module."""
         parts = torch.split(vector, list(self.ranks), -1)
         return dict(zip(self.modules, parts, strict=True))
 
     @property
     def coordinates(self) -> Coordinates:
-        """For each rank component its module, module type, layer and rank index.
+        """The module, module type, layer and rank index of each rank component.
 
-        The layer is the first number in the module's name (-1 if it has none); the
-        type is what follows it: ``encoder.layer.3.attention.self.query`` is of type
+        The layer is the first number in the module's name, or -1. The type is the part
+        of the name after it: ``encoder.layer.3.attention.self.query`` has the type
         ``attention.self.query`` in layer 3.
         """
         return self._groups.coordinates()
 
     def group(self, level: Level) -> Tensor:
-        """For each rank component the number of its group at a level, (R,).
+        """The group number of each rank component at a level, ``R``.
 
-        Modules, layers and types are numbered as they first occur in `coordinates`.
-        The tensor is kept for the next call: do not write into it.
+        Modules, layers and types are numbered in the order of `coordinates`. The tensor
+        is cached: do not write into it.
         """
         return self._groups.at(level, self.device)[0]
 
     def count(self, level: Level) -> int:
-        """How many groups there are at a level."""
+        """The number of groups at a level."""
         return self._groups.at(level, self.device)[1]
 
     @property
     def dora(self) -> tuple[str, ...]:
-        """The modules that are DoRA layers, which take one draw for a whole batch."""
+        """The names of the DoRA modules, which take one draw for a whole batch."""
         pairs = zip(self.modules, self.layers)
         return tuple(name for name, m in pairs if self.adapter in m.lora_variant)
 
     @property
     def device(self) -> torch.device:
-        """Where the first LoRA module lies; make a prior's constants there."""
+        """The device of the first LoRA module, for a prior's constants."""
         lora_A: Any = self.layers[0].lora_A[self.adapter]
         device: torch.device = lora_A.weight.device
         return device
 
     def ones(self, size: int | None = None) -> Tensor:
-        """Ones on that device, (R,) or (size,): what a prior makes its constants of."""
+        """Ones on the adapter's device, ``R`` or ``size``, for a prior's constants."""
         return torch.ones(self.size if size is None else size, device=self.device)
 
     def weights(self, side: Side) -> list[nn.Parameter]:
-        """``lora_A`` (``r x in``) or ``lora_B`` (``out x r``) of each module."""
+        """The weight ``lora_A``, ``r x in``, or ``lora_B``, ``out x r``, by module."""
         return [getattr(layer, side)[self.adapter].weight for layer in self.layers]
 
     def widths(self, side: Side) -> Tensor:
-        """For each rank component the length of its row of A or column of B, (R,)."""
+        """The length of each component's row of A or column of B, ``R``."""
         axis = 1 if side == "lora_A" else 0
         widths = [w.shape[axis] for w in self.weights(side)]
         return torch.tensor(widths).repeat_interleave(torch.tensor(self.ranks))
 
     def flatten(self, *sides: Side) -> Tensor:
-        """The weights as one vector: rows of A, or columns of B, one after another."""
+        """The weights of these sides, one row of A or column of B after another."""
         pairs = [(side, w) for side in sides for w in self.weights(side)]
         rows = [w if side == "lora_A" else w.T for side, w in pairs]
         return torch.cat([row.reshape(-1) for row in rows])
 
     def unflatten(self, value: Tensor) -> Parts:
-        """The weights of ``sides`` by module, from a vector laid out as by `flatten`.
+        """The weights of ``sides`` by module, from a value as `bind_weights` takes it.
 
         Raises:
-            ValueError: If the length does not fit.
+            ValueError: If the shape does not fit.
         """
         sizes = {side: [w.numel() for w in self.weights(side)] for side in self.sides}
         lengths = [sum(each) for each in sizes.values()]
@@ -165,16 +166,16 @@ class RankSpace:
     def bind(self, gate: Tensor) -> Iterator[None]:
         """Multiply the rank activations by ``gate`` within the block.
 
-        Where they have a center, see `gauge.center`, they are pulled towards it.
+        Activations with a center (see `gauge.center`) are pulled towards it instead.
 
         Args:
             gate: ``R``, shared by the batch, or ``B x R``, one row per example. If a
-                layer sees ``k B`` rows, consecutive ``k`` rows share an example.
+                layer sees ``k B`` rows, each ``k`` consecutive rows share an example.
 
         Raises:
             ValueError: If the shape fits neither.
-            RuntimeError: If the adapter is merged, disabled, inactive or deleted; and
-                after the first pass, if a LoRA module took no part in it.
+            RuntimeError: If the adapter is merged, disabled, inactive or deleted; also
+                after the first block, if its forward passes left a LoRA module out.
         """
         if gate.dim() not in (1, 2) or gate.shape[-1] != self.size:
             raise ValueError(
@@ -190,11 +191,12 @@ class RankSpace:
         """Use drawn LoRA weights within the block.
 
         Args:
-            value: ``K``, shared by the batch, or ``B x K``: the weights of the sides
-                that the space was made with, laid out as by `flatten`.
+            value: The weights of ``sides`` in the order of `flatten`: ``K``, shared by
+                the batch, or ``B x K``, one row per example.
 
         Raises:
-            ValueError: If the length does not fit, or a layer's rows fit no ``B``.
+            ValueError: If the shape does not fit, or a layer's rows are not ``k B``.
+            RuntimeError: As `bind` raises it.
         """
         parts = self.unflatten(value)
         self._require_one_draw_for_dora(value)
@@ -202,11 +204,11 @@ class RankSpace:
             yield
 
     def checkpoint_context(self) -> Contexts:
-        """The ``context_fn`` for one's own ``torch.utils.checkpoint`` calls."""
+        """The ``context_fn`` to give your own ``torch.utils.checkpoint`` calls."""
         return self.binding.bank.checkpoint_context()
 
     def cuts(self, keep: Tensor) -> Cuts:
-        """What `select` would slice, all checked and nothing done."""
+        """The tensors that `select` would slice; checks everything, changes nothing."""
         check_mask(keep, self.size)
         self.require_live()
         cuts: Cuts = {}
@@ -215,17 +217,20 @@ class RankSpace:
         return cuts
 
     def select(self, keep: Tensor) -> None:
-        """Remove the rank components where ``keep`` (R,) is False, in place.
+        """Remove rank components from the network, in place.
 
-        Modules, parameters and scalings stay what they are. A LoRA module without rank
-        leaves this space, and the network's adapter unless it has a bias. The others
-        are numbered anew. What is removed counts as 0, or as its center.
-        Guide, prior and optimizer know nothing of it: `lrvd_pyro.selection.select` does
-        it for all of them.
+        Parameters and modules stay the same objects, and scalings stay. A module with
+        no rank left leaves this space; unless it has a bias, it also leaves the
+        adapter. The other components are renumbered. A removed component counts as 0,
+        or as its center. Wrong when a guide, prior or optimizer is in use: call
+        `lrvd_pyro.selection.select`, which cuts these too.
+
+        Args:
+            keep: The components that stay, ``R``, bool.
 
         Raises:
-            ValueError: If ``keep`` is no such mask or keeps nothing, or a DoRA layer
-                would be left without rank.
+            ValueError: If ``keep`` is not such a mask or keeps nothing, or if a DoRA
+                layer would be left without rank.
             TypeError: If a layer is a grouped convolution.
             RuntimeError: If the adapter is merged, disabled, inactive or deleted.
         """
@@ -243,7 +248,7 @@ class RankSpace:
         self._renumber(keep)
 
     def after(self, keep: Tensor) -> "RankSpace":
-        """What a prior would see of this space after `select`; not for `bind`."""
+        """This space as a prior would see it after `select`; not for `bind`."""
         space = copy.copy(self)
         space._renumber(keep)
         return space
@@ -258,11 +263,11 @@ class RankSpace:
         self.origin = tuple(i for i, kept in zip(self.origin, keep.tolist()) if kept)
 
     def close(self) -> None:
-        """Remove every hook; weights, and what `gauge.center` added, stay."""
+        """Remove every hook; weights, centers and biases stay."""
         self.binding.close()
 
     def check_fired(self) -> None:
-        """Raise if a LoRA module took no part in the passes so far."""
+        """Raise a RuntimeError if forward passes so far left some LoRA module out."""
         self.binding.check_fired()
 
     def require_live(self) -> None:
@@ -270,19 +275,24 @@ class RankSpace:
         self.binding.require_live()
 
     def indices_kept(self, keep: Tensor, name: str, size: int) -> Tensor:
-        """Which components of a vector stay when the rank components ``keep`` (R,) do.
+        """The indices of a site's components that stay when ``keep`` stays.
 
-        One component per module, layer or type under a name ``<level>_...``: those with
-        a rank left, in the order in which `group` will number them. R components: as
-        ``keep``. One component: it stays.
+        A site ``<level>_...`` has one per module, layer or type: those with a rank left
+        stay, in the later order of `group`. A single component always stays.
+
+        Args:
+            keep: The rank components that stay, ``R``, bool.
+            name: The site's name.
+            size: The number of the site's components: 1, R or a level's `count`.
 
         Raises:
-            TypeError: If the vector is none of these.
+            TypeError: If the size is none of these.
         """
         return self._groups.indices_kept(keep.to(self.device), name, size)
 
     def _require_one_draw_for_dora(self, draw: Tensor) -> None:
-        """DoRA sends the identity through A and B too: its rows are no examples."""
+        # DoRA's weight norm sends the identity through A and B; its rows would be
+        # taken for examples, without an error where their number happens to fit
         if draw.dim() == 2 and self.dora:
             raise ValueError(
                 f"the DoRA layer {self.dora[0]!r} takes one draw for the whole batch, "

@@ -1,22 +1,26 @@
 """Rank selection: removing the rank components that the posterior calls noise.
 
-Log alpha has units. For the rank gate under the log-uniform prior of weight w (its KL
-weight times multiplicity) and N examples, in the quadratic regime and for large alpha,
+Log alpha has units. Take the rank gate under the log-uniform prior of weight w (its KL
+weight times multiplicity), with N examples. In the quadratic regime and for large
+alpha,
 
     alpha_i = sqrt(w / N) / t_i,   so   log alpha_i > tau  iff  t_i < e^-tau sqrt(w / N)
 
-with ``t_i^2 = s^2 (b_i^T H b_i) (a_i^T S a_i)`` the component's size: what it moves the
-outputs in the metric H of the loss over inputs of second moment S (for small alpha,
-``alpha_i = w / (N t_i^2)``). The same tau is thus another size at another N or KL
-weight, and says nothing of accuracy.
+Here ``t_i^2 = s^2 (b_i^T H b_i) (a_i^T S a_i)``. t_i is the component's size: how far
+it moves the outputs, in the metric H of the loss, over inputs of second moments S. For
+small alpha, ``alpha_i = w / (N t_i^2)``. The same tau is therefore another size at
+another N or KL weight. It says nothing about accuracy.
 
-For FactorLoRA alpha is the noise of *single* weights. Over d inputs that go together
-the signal of a rank adds up and its noise averages out, so that a component with
-log alpha of 3 may still carry signal; ``criterion="elbo_drop"`` shares this blindness,
-as it takes the curvature for isotropic. Measure before you trust either.
+For FactorLoRA, alpha is the noise of *single* weights. Over d inputs that go together,
+the signal of a rank adds up and its noise averages out. A component with log alpha of 3
+may therefore still carry signal. ``criterion="elbo_drop"`` shares this blindness, since
+it takes the curvature for isotropic. Measure before you trust either.
 
-The default of 3 suits FactorLoRA, pruned in training (``examples/rank_selection.py``);
-balance the gates of a GateLoRA first (`lrvd_pyro.gauge`).
+The default threshold of 3 suits FactorLoRA, pruned in training
+(``examples/rank_selection.py``). Balance the gates of a GateLoRA first
+(`lrvd_pyro.gauge`).
+
+Another criterion is a branch of `prune`: the worth of each component, and which stay.
 
 Source: derived here; log alpha > 3, Molchanov, Ashukha and Vetrov (2017, arXiv
 1701.05369).
@@ -35,7 +39,9 @@ from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.optim import Optimizer
 from lrvd_pyro.selection.removal import check_pair, select
 
-Criterion = Literal["log_alpha", "elbo_drop"]
+__all__ = ["best_of_modules", "prune", "refuse_nothing_left", "removal_cost"]
+
+_Criterion = Literal["log_alpha", "elbo_drop"]
 
 
 def prune(
@@ -44,16 +50,17 @@ def prune(
     optimizer: Optimizer | None = None,
     *,
     log_alpha_threshold: float = 3.0,
-    criterion: Criterion = "log_alpha",
+    criterion: _Criterion = "log_alpha",
     min_rank: int = 0,
     max_drop: float = 0.01,
     kl_weight: float = 1.0,
 ) -> Tensor:
     """Remove the rank components that a criterion gives up, as `select` does.
 
-    "log_alpha" gives up those with ``guide.log_alpha`` above the threshold; the head of
-    this file says what that means. "elbo_drop" gives up those of least `removal_cost`,
-    as long as their sum stays under ``max_drop * num_data`` nats.
+    "log_alpha" gives up the components with ``guide.log_alpha`` above the threshold.
+    The docstring of `lrvd_pyro.selection.criteria` says what that means. "elbo_drop"
+    gives up those of least `removal_cost`, as long as their sum stays at most
+    ``max_drop * num_data`` nats.
 
     Example::
 
@@ -63,11 +70,12 @@ def prune(
         model: A `GateLoRA` or `FactorLoRA`, trained.
         guide: Its guide, a `RankGuide`.
         optimizer: What trains them: of this library, Pyro or torch. None if nothing
-            does yet, or any more.
+            trains them yet, or nothing will.
         log_alpha_threshold: The largest log alpha that stays.
         criterion: "log_alpha" or "elbo_drop".
-        min_rank: What every module keeps at least, its best ones. DoRA modules keep
-            one in any case, since their magnitude is no part of a rank.
+        min_rank: The least number of components that every module keeps, its best
+            ones. DoRA modules always keep one, since their magnitude does not belong
+            to a rank.
         max_drop: For "elbo_drop", in nats per datum.
         kl_weight: For "elbo_drop", the one that the guide was trained with.
 
@@ -77,8 +85,13 @@ def prune(
     Raises:
         TypeError: If ``guide`` is not a `RankGuide`; and as `select` and `removal_cost`
             raise it.
-        ValueError: If everything would go, with a diagnosis; if log alpha is NaN; or as
-            `select` raises it. Nothing has changed then.
+        ValueError: If everything would go, with a diagnosis. If log alpha is NaN,
+            ``min_rank`` is negative, or ``criterion`` is neither of the two. And as
+            `select` raises it.
+        RuntimeError: As `select` raises it. Nothing has changed after an error.
+
+    Wrong while the KL weight still rises: the noise then belongs to another posterior
+    than the one in training.
     """
     check_pair(model, guide)
     if criterion == "log_alpha":
@@ -89,6 +102,7 @@ def prune(
     elif criterion == "elbo_drop":
         worth = removal_cost(model, guide, kl_weight)
         spared = best_of_modules(model, worth, min_rank)
+        # Spared components come last, and the sum is infinite from there on.
         order = worth.masked_fill(spared, torch.inf).argsort()
         spent = worth[order].masked_fill(spared[order], torch.inf).cumsum(0)
         keep = torch.zeros_like(spared)
@@ -106,43 +120,64 @@ def prune(
 def removal_cost(model: RankModel, guide: RankGuide, kl_weight: float = 1.0) -> Tensor:
     """What removing each component would cost in expected log-likelihood, (R,) nats.
 
-    Nats per data set; no data are needed. Let the log-likelihood be quadratic in each
-    gate, with curvature F, and the gate have mean 1 and variance alpha. Where the
-    objective is stationary in the noise,
+    No data are needed. Let the log-likelihood be quadratic in each gate, with curvature
+    F, and let the gate have mean 1 and variance alpha. Where the objective is
+    stationary in the noise,
 
         F alpha / 2 = g_i = -kl_weight dKL / d log v_i
 
-    (with ``d alpha_i / d log v_i`` for alpha where v is no multiple of it), and where
-    it is stationary in the size of B (or of A, or the mean), on which no KL depends,
-    the likelihood is largest at a gate of 1 + alpha. So going from q to 0 costs
+    If v is not a multiple of alpha, ``d alpha_i / d log v_i`` takes the place of alpha.
+    The objective is stationary too in the size of B (or of A, or the mean), on which no
+    KL depends. The likelihood is then largest at a gate of 1 + alpha. Going from q to 0
+    therefore costs
 
         F (1 + alpha_i) / 2 = g_i (1 / alpha_i + 1).
 
-    For the tied noise of FactorLoRA the same holds with an isotropic curvature; with
-    both sides random, alpha is the sum of those of the two.
+    For the tied noise of FactorLoRA the same holds with an isotropic curvature. With
+    both sides random, alpha is the sum of the alphas of the two.
 
-    Wrong before convergence, far from the quadratic regime, about a center, which B
-    scales too, under another ``kl_weight`` than that of training, or with a
-    ``weight_prior`` or weight decay that matters; of several components together, where
-    their effects correlate; for FactorLoRA, too low where inputs align.
+    Example::
+
+        cheapest_first = removal_cost(model, guide).argsort()
+
+    Args:
+        model: A `GateLoRA` or `FactorLoRA`, trained.
+        guide: Its guide, a `RankGuide` with `ClosedFormNoise`.
+        kl_weight: The one that the guide was trained with.
+
+    Returns:
+        The cost of each component, (R,), in nats per data set.
 
     Raises:
-        TypeError: If the gate is no product of latent sites, one of them with R
-            components, under this prior.
+        TypeError: If the guide's noise has no closed form. If the gate is not a product
+            of latent sites under this prior, or no site has R components.
+        ValueError: If the guide belongs to another model.
+
+    Wrong before convergence, and far from the quadratic regime. Wrong about a center,
+    which B scales too. Wrong under another ``kl_weight`` than that of training, or with
+    a ``weight_prior`` or weight decay that matters. Wrong for several components
+    together, where their effects correlate. For FactorLoRA the cost is too low where
+    inputs align.
+
+    Source: derived here.
     """
     check_pair(model, guide)
     if not isinstance(guide, ClosedFormNoise):
         raise TypeError(
-            f"guide is a {type(guide).__name__}, of whose noise no closed form is "
-            f'known; use criterion="log_alpha", or RankDiagonal(model)'
+            f"guide is a {type(guide).__name__}, whose noise has no closed form; use "
+            f'criterion="log_alpha", or RankDiagonal(model)'
         )
     ratio = guide.noise_ratio()
     (pull,) = torch.autograd.grad(_kl(model, guide), guide.log_variance)
     (slope,) = torch.autograd.grad(ratio.sum(), guide.log_variance)
+    # Only a site with an entry per rank tells the curvature of each gate. A scale that
+    # several ranks share has one entry for their sum.
     for part, rise in zip(guide.by_site(pull), guide.by_site(slope)):
         if rise.shape == ratio.shape and bool((rise != 0).any()):
+            # Before convergence the pull may have either sign; a curvature has one.
             half_curvature = (-kl_weight * part).clamp(min=0) / rise
             cost: Tensor = half_curvature * (1 + ratio.detach())
+            # Noise that cannot change alpha tells nothing: such a component stays.
             return cost.nan_to_num(nan=torch.inf, posinf=torch.inf)
     raise TypeError(
         "no latent site has one component per rank component, so that none can be "
@@ -151,7 +186,11 @@ def removal_cost(model: RankModel, guide: RankGuide, kl_weight: float = 1.0) -> 
 
 
 def best_of_modules(model: RankModel, worth: Tensor, min_rank: int) -> Tensor:
-    """The ``min_rank`` components of greatest ``worth`` of each module, bool (R,)."""
+    """The ``min_rank`` components of greatest ``worth`` of each module, bool (R,).
+
+    Raises:
+        ValueError: If ``min_rank`` is negative, or ``worth`` has NaN.
+    """
     if min_rank < 0:
         raise ValueError(f"min_rank={min_rank}; expected 0 or more")
     if worth.isnan().any():
@@ -162,16 +201,17 @@ def best_of_modules(model: RankModel, worth: Tensor, min_rank: int) -> Tensor:
     space = model.space
     best = torch.zeros_like(worth, dtype=torch.bool)
     spares, dora = space.split(best), space.dora
-    for name, own in space.split(worth).items():
+    for name, worths in space.split(worth).items():
         floor = max(min_rank, int(name in dora))
-        spares[name][own.topk(min(floor, len(own))).indices] = True
+        # The parts are views of ``best``.
+        spares[name][worths.topk(min(floor, len(worths))).indices] = True
     return best
 
 
 def refuse_nothing_left(
     model: RankModel, guide: RankGuide, keep: Tensor, rule: str
 ) -> None:
-    """Raise if no component would stay, and say where that comes from."""
+    """Raise a ValueError with a diagnosis if no component would stay."""
     if keep.any():
         return
     log_alpha = guide.log_alpha
@@ -187,15 +227,17 @@ def refuse_nothing_left(
 
 
 def _kl(model: RankModel, guide: RankGuide, draws: int = 256) -> Tensor:
-    """KL(guide || prior), scales that others depend on averaged over ``draws``."""
+    """KL(guide || prior); a scale that other sites depend on is averaged over draws."""
     draws = draws if model.binds == "gates" else 1  # weights have no scales above them
     prior, posterior = PerExample(draws), PerExample(draws)
     multiplicities = Multiplicities()
     with torch.random.fork_rng(), poutine.block(), torch.enable_grad():
-        torch.manual_seed(0)
-        ours = poutine.trace(posterior(guide)).get_trace()
-        program = poutine.replay(multiplicities(prior(model.draw)), trace=ours)
-        theirs = poutine.trace(program).get_trace()
+        torch.manual_seed(0)  # two calls give the same cost
+        guide_trace = poutine.trace(posterior(guide)).get_trace()
+        program = poutine.replay(multiplicities(prior(model.draw)), trace=guide_trace)
+        prior_trace = poutine.trace(program).get_trace()
         once = prior.unexpanded, posterior.unexpanded
-        kl, _ = divergence(theirs, ours, once, draws, multiplicities.found)
+        kl, _ = divergence(
+            prior_trace, guide_trace, once, draws, multiplicities.by_site
+        )
     return torch.stack(list(kl.values())).sum()

@@ -1,4 +1,4 @@
-"""A record of the ranks over training."""
+"""A record of log alpha over training."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,14 @@ from lrvd_pyro.guides.base import RankGuide
 if TYPE_CHECKING:
     import pandas
 
+__all__ = ["RankHistory"]
+
 
 class RankHistory:
-    """Log alpha of every rank component over training, pruned ones as NaN.
+    """Log alpha of every rank component over training, NaN for pruned ones.
 
-    Costs one reading of ``guide.log_alpha`` and R numbers per record; components keep
-    the numbers that they had in the full model, before any pruning.
+    A record costs one reading of ``guide.log_alpha`` and R numbers. Components keep the
+    numbers that they had in the full model, before any pruning.
 
     Example::
 
@@ -28,11 +30,12 @@ class RankHistory:
         history.frame().groupby(["step", "layer"]).log_alpha.median()
 
     Args:
-        guide: A `RankGuide`. Make the history before components are removed.
+        guide: A `RankGuide`. Make the history before components are removed: it
+            starts with those that are there.
 
     Attributes:
-        steps: The steps recorded, T of them.
-        coordinates: Module, type, layer and rank index of each component, as
+        steps: The recorded steps, T of them.
+        coordinates: Module, type, layer and rank index of each component, as in
             `RankSpace.coordinates`.
     """
 
@@ -44,7 +47,8 @@ class RankHistory:
         self._records: list[Tensor] = []
 
     def record(self, step: int) -> None:
-        """Note log alpha as it is now, after this step."""
+        """Record log alpha as it is now, after this step."""
+        # ``origin`` numbers components as in the full model: pruning shifts the others.
         present = self.guide.space.origin
         record = torch.full((len(self._columns),), torch.nan, dtype=torch.float32)
         column = {origin: i for i, origin in enumerate(self._columns)}
@@ -55,7 +59,7 @@ class RankHistory:
 
     @property
     def log_alpha(self) -> Tensor:
-        """``T x R`` in float32, R of the full model; NaN where a component is gone."""
+        """``T x R`` in float32, R of the full model; NaN once a component is gone."""
         empty = torch.empty(0, len(self._columns), dtype=torch.float32)
         return torch.stack(self._records) if self._records else empty
 
@@ -75,7 +79,10 @@ class RankHistory:
         }
 
     def frame(self) -> "pandas.DataFrame":
-        """One row per step and component: step, its coordinates, log_alpha."""
+        """A table with one row per step and component, in long form.
+
+        Its columns are ``step``, the coordinates of the component, and ``log_alpha``.
+        """
         import pandas
 
         times, size = len(self.steps), len(self._columns)
@@ -85,7 +92,7 @@ class RankHistory:
         return pandas.DataFrame({"step": steps, **columns, "log_alpha": values})
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers, strings and one tensor, ``log_alpha``."""
+        """The records as numbers, strings and one tensor, ``log_alpha``."""
         return {
             "steps": [*self.steps],
             "columns": [*self._columns],
@@ -94,7 +101,7 @@ class RankHistory:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
+        """Continue the history that `state_dict` was taken from.
 
         Raises:
             ValueError: If the guide has rank components that the saved history lacks.
@@ -102,7 +109,8 @@ class RankHistory:
         if foreign := set(self.guide.space.origin) - set(state["columns"]):
             raise ValueError(
                 f"the saved history lacks the rank components {sorted(foreign)} of "
-                f"this guide; it belongs to another model"
+                f"this guide. It belongs to another model; load it into the history of "
+                f"the guide that it was made with"
             )
         self.steps, self._columns = [*state["steps"]], [*state["columns"]]
         self.coordinates = state["coordinates"]

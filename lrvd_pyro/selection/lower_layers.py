@@ -1,7 +1,6 @@
-"""Freeing the lower layers, below which no step needs a backward pass."""
+"""Freeing the lowest layers of their ranks, so that they need no backward pass."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +9,8 @@ from lrvd_pyro.guides.base import RankGuide
 from lrvd_pyro.models import GateLoRA
 from lrvd_pyro.optim import Optimizer
 from lrvd_pyro.selection.removal import check_pair, select
+
+__all__ = ["free_lower_layers"]
 
 
 def free_lower_layers(
@@ -23,15 +24,21 @@ def free_lower_layers(
 ) -> Tensor:
     """Remove all ranks of the lowest layers that carry little, as `select` does.
 
-    Of ``sum t_i^2`` over all modules, in nats per data set, the lowest layers go that
-    hold at most ``share`` of it together; the highest stays. Or a given number of
-    layers goes, whatever they hold: the cost is then known beforehand.
+    The sum of ``t_i^2`` over all modules, in nats per data set, measures what the
+    adapter carries. The lowest layers go that together hold at most ``share`` of it;
+    the highest layer stays. Or a given number of layers goes, whatever they hold: the
+    cost is then known beforehand.
 
-    From then on no layer below the first with a rank keeps activations or has a
+    From then on, no layer below the first with a rank keeps activations or has a
     backward pass, unless inputs require a gradient
-    (``net.disable_input_require_grads()``): a step costs less than one of plain LoRA,
-    and `predict` runs those layers once for all draws. Others have to learn what went:
-    call it early. After `gauge.center` they have less to learn, as means stay.
+    (``net.disable_input_require_grads()``). A step costs less than one of plain LoRA,
+    and `predict` runs those layers once for all draws. The other layers have to learn
+    what was removed, so call it early. After `gauge.center` they have less to learn,
+    since means stay.
+
+    Layers are told by the first number in a module's name. Modules without a number
+    count as the highest layer. Layers of an encoder and a decoder that share a number
+    go together.
 
     Example::
 
@@ -50,24 +57,22 @@ def free_lower_layers(
         model: The `GateLoRA` in training.
         guide: Its guide, a `RankGuide`.
         optimizer: What trains them, as in `prune`.
-        hankel_values: t of each module, from `gauge.hankel_values`; None where
-            ``layers`` are given.
-        share: From 0 to below 1.
-        layers: How many layers to free instead, if not None.
+        hankel_values: t of each module, ``r``, from `gauge.hankel_values`; None where
+            ``layers`` is given.
+        share: The largest share of ``sum t_i^2`` to remove, from 0 to below 1.
+        layers: How many layers to free; None goes by ``share``.
 
     Returns:
         Which components stayed, bool (R,), R as before.
 
     Raises:
-        TypeError: If the values are no mapping, or a layer is a DoRA layer.
-        ValueError: If ``share`` or ``layers`` is out of range, or the values belong to
-            other modules, are not finite or all 0.
-        Besides, as `selection.select` raises it; nothing has changed then.
+        TypeError: If the values are not a mapping, or a layer is a DoRA layer.
+        ValueError: If ``share`` or ``layers`` is out of range; or if the values belong
+            to other modules, are not finite, or are all 0.
+        Also raises whatever `select` raises; nothing has changed then.
 
-    Layers are told by the first number in a module's name; modules without one count
-    as the highest, and those of an encoder and a decoder that share a number go
-    together. A share of a sum that is far from converged is a rule of thumb, no
-    theorem: compare the accuracy with that of a run without, as
+    Wrong as a guarantee: a share of a sum that is far from converged is a rule of
+    thumb, not a theorem. Compare the accuracy with that of a run without, as
     ``examples/benchmarks/whole_run.py`` does.
 
     Source: freezing lower layers early, Brock et al. (2017, arXiv 1706.04983); which
@@ -80,6 +85,7 @@ def free_lower_layers(
             f"(LoraConfig(use_dora=False))"
         )
     layer = torch.tensor(model.space.coordinates["layer"])
+    # -1 marks a module without a number: a pooler or a head, above all layers.
     layer[layer < 0] = layer.max() + 1
     numbers = layer.unique()
     if layers is None:
@@ -96,15 +102,17 @@ def free_lower_layers(
     return keep
 
 
-def _energy(model: GateLoRA, hankel_values: Any, share: float) -> Tensor:
-    """``t^2`` of each component, (R,), if a share of their sum means something."""
+def _energy(
+    model: GateLoRA, hankel_values: Mapping[str, Tensor] | None, share: float
+) -> Tensor:
+    """``t^2`` of each component, (R,); raises unless shares of their sum make sense."""
     space = model.space
     if not 0 <= share < 1:
         raise ValueError(f"share={share}; expected a number from 0 to below 1")
     if not isinstance(hankel_values, Mapping):
         raise TypeError(
-            f"got {type(hankel_values).__name__}; expected t by module: "
-            f"hankel_values(gramians(model, batches))"
+            f"hankel_values is of type {type(hankel_values).__name__}; expected t by "
+            f"module, hankel_values(gramians(model, batches)), or layers=1"
         )
     given = {name: len(t) for name, t in hankel_values.items()}
     if given != dict(zip(space.modules, space.ranks, strict=True)):
@@ -115,7 +123,7 @@ def _energy(model: GateLoRA, hankel_values: Any, share: float) -> Tensor:
     total = float(sum(t.abs().sum() for t in hankel_values.values()))
     if not 0 < total < float("inf"):
         raise ValueError(
-            f"the Hankel values sum to {total}; expected finite ones, not all 0: "
-            f"nothing was gathered, or no module's B has moved yet; train first"
+            f"the Hankel values sum to {total}; expected finite values, not all 0. "
+            f"Nothing was gathered, or no module's B has moved yet; train first"
         )
     return torch.cat([hankel_values[name].cpu().square() for name in space.modules])

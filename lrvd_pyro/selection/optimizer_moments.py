@@ -1,4 +1,9 @@
-"""Slicing an optimizer's moments along with the parameters that they belong to."""
+"""Slicing an optimizer's moments along with the parameters that they belong to.
+
+An optimizer keeps its state by parameter, and pruning keeps every parameter the object
+that it is. Only the tensors of the state change, so a scheduler that refers to the
+optimizer works on.
+"""
 
 from collections.abc import Collection
 from functools import cache
@@ -12,12 +17,20 @@ from lrvd_pyro._compat.pyro import restored_without_a_step
 from lrvd_pyro.optim import Optimizer
 from lrvd_pyro.rank_space.removal import Cuts
 
+__all__ = [
+    "check_state",
+    "optimizers_of",
+    "select_state",
+    "torch_optimizers",
+    "watch_for_stale_state",
+]
+
 
 def torch_optimizers(optimizer: Optimizer) -> list[torch.optim.Optimizer]:
-    """The torch optimizers, so far made, behind one of torch, Pyro or this library.
+    """The torch optimizers behind one of torch, Pyro or this library, so far as made.
 
     Raises:
-        TypeError: If it is none of these.
+        TypeError: If ``optimizer`` is none of these.
         ValueError: If it holds a restored state that no step has used yet.
     """
     if isinstance(optimizer, torch.optim.Optimizer):
@@ -28,24 +41,34 @@ def torch_optimizers(optimizer: Optimizer) -> list[torch.optim.Optimizer]:
             f"(SVI's is svi.optim, a scheduler's is scheduler.optimizer), or None "
             f"before the first step"
         )
+    # A restored state reaches its parameters at the next step alone. Until then there
+    # is nothing to slice, and that step would bring back the old shapes.
     if restored_without_a_step(optimizer) or getattr(optimizer, "_pending", None):
         raise ValueError(
             "the optimizer was restored and has taken no step since, so that its state "
             "belongs to no parameter yet; take one step before selecting ranks"
         )
-    made = [getattr(o, "optimizer", o) for o in optimizer.optim_objs.values()]
-    ours = getattr(optimizer, "torch_optim", None)
-    return made if ours is None else [*made, ours]
+    # Pyro makes one optimizer per parameter, within a scheduler if there is one. The
+    # `AdamW` of this library holds a single one for all.
+    per_parameter = [getattr(o, "optimizer", o) for o in optimizer.optim_objs.values()]
+    fused = getattr(optimizer, "torch_optim", None)
+    return per_parameter if fused is None else [*per_parameter, fused]
 
 
 def optimizers_of(
     optimizer: Optimizer, tensors: Collection[Tensor], what: str
 ) -> list[torch.optim.Optimizer]:
-    """`torch_optimizers`, of which one holds some of ``tensors``, or none yet any.
+    """`torch_optimizers`, checked to hold some of the ``tensors``, or nothing yet.
+
+    Args:
+        optimizer: The optimizer.
+        tensors: Some of what it should train.
+        what: What they are, for the error message.
 
     Raises:
         TypeError: As `torch_optimizers` raises it.
-        ValueError: If they hold other parameters only.
+        ValueError: If the optimizer holds only other parameters; or as
+            `torch_optimizers` raises it.
     """
     optims = torch_optimizers(optimizer)
     known = {p for o in optims for group in o.param_groups for p in group["params"]}
@@ -60,8 +83,9 @@ def check_state(optimizer: Optimizer, cuts: Cuts) -> None:
     """Raise unless `select_state` can slice an optimizer's state.
 
     Raises:
-        TypeError: If the state is not one tensor per parameter and of its shape.
-        ValueError: If the optimizer knows none of the parameters.
+        TypeError: If a part of the state is neither a number nor a tensor of its
+            parameter's shape.
+        ValueError: If the optimizer holds none of the parameters.
     """
     optims = optimizers_of(optimizer, cuts, "parameter of this model and guide")
     for optim in optims:
@@ -71,19 +95,19 @@ def check_state(optimizer: Optimizer, cuts: Cuts) -> None:
                 if shape not in ((), (1,), parameter.shape):
                     raise TypeError(
                         f"{type(optim).__name__} keeps {key!r} in another shape than "
-                        f"the parameter's, so that its rows cannot be told apart; use "
-                        f"Adam or AdamW, or start a new optimizer after selecting"
+                        f"the parameter's. It has no rows to remove; use Adam or "
+                        f"AdamW, or start a new optimizer after selecting"
                     )
 
 
 def select_state(optimizer: Optimizer, cuts: Cuts, gone: set[Tensor]) -> None:
-    """Slice an optimizer's moments as their parameters; forget the ``gone`` ones.
+    """Slice an optimizer's moments like their parameters, and forget the ``gone`` ones.
 
-    Numbers of steps taken stay. Works on what the optimizer holds, so that whatever
-    refers to its groups, a scheduler, goes on.
+    The numbers of steps taken stay.
     """
     for optim in torch_optimizers(optimizer):
         for group in optim.param_groups:
+            # In place: a scheduler may hold the same list.
             group["params"][:] = [p for p in group["params"] if p not in gone]
         for parameter in gone & optim.state.keys():
             del optim.state[parameter]
@@ -100,10 +124,12 @@ def select_state(optimizer: Optimizer, cuts: Cuts, gone: set[Tensor]) -> None:
 
 @cache
 def watch_for_stale_state() -> None:
-    """From now on, let a torch step on moments of another shape be an error.
+    """Make a torch step on moments of another shape an error, from now on.
 
-    A fused step would read them without a word, row after wrong row.
+    A fused step would otherwise read the moments of other rows, in silence.
     """
+    # One hook for all optimizers, made or to come: the one that was not passed to
+    # `select` is unknown. ``cache`` registers it once.
     register_optimizer_step_pre_hook(_refuse_stale_state)
 
 
@@ -113,8 +139,8 @@ def _refuse_stale_state(optim: torch.optim.Optimizer, *_: object) -> None:
             if isinstance(moment, Tensor) and moment.shape != parameter.shape:
                 raise RuntimeError(
                     f"a parameter has shape {tuple(parameter.shape)} and its moments "
-                    f"{tuple(moment.shape)}: ranks were selected without the optimizer;"
-                    f" pass it, prune(model, guide, optimizer)"
+                    f"have shape {tuple(moment.shape)}: ranks were selected without "
+                    f"the optimizer; pass it, prune(model, guide, optimizer)"
                 )
 
 

@@ -1,7 +1,7 @@
 """Rank selection while training goes on."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,17 +13,16 @@ from lrvd_pyro.optim import Optimizer
 from lrvd_pyro.selection.criteria import best_of_modules, refuse_nothing_left
 from lrvd_pyro.selection.removal import check_pair, select
 
-if TYPE_CHECKING:
-    pass
+__all__ = ["RankSchedule"]
 
 
 class RankSchedule:
     """Prunes during training: call `step` after every optimization step.
 
-    From step ``start`` on it looks every ``every`` steps, and removes the components
-    whose log alpha was above the threshold at ``checks`` looks in a row. While the KL
-    weight of ``elbo`` still rises it does not look: log alpha then belongs to another
-    posterior than the one in training, and what was removed never returns.
+    From step ``start`` on, the schedule looks every ``every`` steps. It removes the
+    components whose log alpha was above the threshold at ``checks`` looks in a row. It
+    does not look while the KL weight of ``elbo`` still rises: log alpha then belongs to
+    another posterior than the one in training. A removed component never returns.
 
     Example::
 
@@ -35,15 +34,16 @@ class RankSchedule:
             schedule.step()
 
     Args:
-        model: The model in training.
+        model: The `GateLoRA` or `FactorLoRA` in training.
         guide: Its guide, a `RankGuide`.
         optimizer: What trains both, as in `prune`.
-        start: The first step to look at, counted from 1.
+        start: The first step to look after, counted from 1.
         every: Steps between looks.
-        log_alpha_threshold: As in `prune`; `lrvd_pyro.selection.criteria` has its units.
+        log_alpha_threshold: As in `prune`. The docstring of
+            `lrvd_pyro.selection.criteria` gives its units.
         checks: Looks in a row above the threshold before a component goes.
-        min_rank: What every module keeps at least.
-        elbo: The loss, to know when its KL has warmed up.
+        min_rank: The least number of components that every module keeps.
+        elbo: The loss, whose KL weight tells when the warm-up is over.
 
     Attributes:
         steps: Optimization steps seen.
@@ -51,8 +51,12 @@ class RankSchedule:
 
     Raises:
         TypeError: If the guide is not a `RankGuide`.
-        ValueError: If a count is out of range; from `step`, if nothing would be left:
-            with a diagnosis, all as it was.
+        ValueError: If a count is out of range, or the guide belongs to another model.
+            From `step`, with a diagnosis, if nothing would be left; nothing has changed
+            then.
+
+    Wrong without ``elbo`` while the KL weight rises: let ``start`` be after the warm-up
+    then.
     """
 
     def __init__(
@@ -82,7 +86,11 @@ class RankSchedule:
         self.above = torch.zeros(model.space.size, dtype=torch.long)
 
     def step(self) -> Tensor | None:
-        """Count a step; returns which components stayed, bool (R,), if some went."""
+        """Count a step, and prune if it is time.
+
+        Returns:
+            Which components stayed, bool (R,), R as before; None if all stayed.
+        """
         self.steps += 1
         since = self.steps - self.start
         if since < 0 or since % self.every or self._is_warming_up():
@@ -95,6 +103,7 @@ class RankSchedule:
         rule = f"log_alpha_threshold={self.log_alpha_threshold} at step {self.steps}"
         refuse_nothing_left(self.model, self.guide, keep, rule)
         select(self.model, self.guide, self.optimizer, keep=keep)
+        # Only now: an error before leaves the counts as they were.
         self.above = counts[keep]
         return None if keep.all() else keep
 
@@ -103,7 +112,7 @@ class RankSchedule:
         return {"steps": self.steps, "above": self.above.tolist()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken, on a model pruned as that one was.
+        """Continue where `state_dict` was taken, on a model pruned as that one was.
 
         Raises:
             ValueError: If the model has another number of rank components.
@@ -122,4 +131,5 @@ class RankSchedule:
         if self.elbo is None or not callable(weight):
             return False
         step = self.elbo.step
+        # A staircase may stand still for a step: also compare with the next look.
         return any(weight(step + i) > weight(step) for i in (1, self.every))

@@ -1,4 +1,4 @@
-"""A posterior on disk, and its mean as plain PEFT."""
+"""Save and load a posterior, and export its mean to plain PEFT."""
 
 from lrvd_pyro.storage.export import export_peft
 from lrvd_pyro.storage.folder import load, save

@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all, and read with errors that say why."""
+"""Folders that are written whole or not at all, and files read with clear errors."""
 
 import json
 import os
@@ -12,19 +12,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+__all__ = [
+    "AnyPath",
+    "read_json",
+    "read_tensors",
+    "recover",
+    "sync",
+    "written_whole",
+]
+
 AnyPath = str | os.PathLike[str]
 
 
 @contextmanager
 def written_whole(path: AnyPath, ours: Collection[str] = ()) -> Iterator[Path]:
-    """An empty folder to write in, which takes the place of ``path`` at the end.
+    """Yield an empty folder that takes the place of ``path`` when the block ends.
 
-    Everything is on disk before the name changes hands; if the block fails, ``path``
-    is what it was.
+    Every file is on disk before the name changes hands. If the block fails, ``path``
+    stays as it was.
 
     Args:
         path: The folder to write or replace.
-        ours: Names of files that may be replaced; a folder with others is refused.
+        ours: Names of files that may be replaced. A folder with other files is refused.
 
     Raises:
         ValueError: If ``path`` is a file, or holds something else than ``ours``.
@@ -33,11 +42,14 @@ def written_whole(path: AnyPath, ours: Collection[str] = ()) -> Iterator[Path]:
     recover(target)
     _refuse_to_replace(target, ours)
     target.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the target: a rename is atomic only within one file system.
     fresh = target.with_name(f".{target.name}.{os.getpid()}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir()
     try:
         yield fresh
+        # A rename may reach the disk before the data do. Without this, a power cut
+        # could leave empty files under the final name.
         for item in [*fresh.iterdir(), fresh]:
             sync(item)
         _put(fresh, target)
@@ -53,10 +65,10 @@ def recover(path: AnyPath) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
-        ValueError: If the file is missing or no JSON object.
+        ValueError: If the file is missing or is not a JSON object.
     """
     _require(path)
     try:
@@ -64,37 +76,50 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise _damaged(path, "JSON", error) from error
     if not isinstance(content, dict):
-        raise _damaged(path, "a JSON object", f"it is a {type(content).__name__}")
+        reason = f"it is a {type(content).__name__}"
+        raise _damaged(path, "a JSON object", reason)
     return content
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU, independent of the file.
+    """Read the tensors of a safetensors file to the CPU, independent of the file.
 
     Raises:
         ValueError: If the file is missing, truncated or something else.
     """
     _require(path)
     try:
+        # Safetensors may map the file into memory; a clone is independent of it.
         return {name: value.clone() for name, value in load_file(path).items()}
     except SafetensorError as error:
         raise _damaged(path, "safetensors", error) from error
 
 
+def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows does not open folders
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def _require(path: Path) -> None:
     if not path.is_file():
-        there = sorted(p.name for p in path.parent.glob("*"))
+        names = sorted(p.name for p in path.parent.glob("*"))
         raise ValueError(
             f"{path} is missing; the folder "
-            + (f"holds {there}" if there else "is empty or missing too")
-            + "; expected one written by lrvd_pyro.save(path, model, guide)"
+            + (f"holds {names}" if names else "is empty or missing too")
+            + "; expected a folder that lrvd_pyro.save(path, model, guide) wrote"
         )
 
 
 def _damaged(path: Path, kind: str, reason: object) -> ValueError:
     return ValueError(
-        f"{path} is damaged: expected {kind}, {reason}; copy it anew, or write the "
-        f"folder again: save(path, model, guide)"
+        f"{path} is damaged: {reason}; expected {kind}. Copy the file again, or write "
+        f"the folder again: save(path, model, guide)"
     )
 
 
@@ -117,6 +142,8 @@ def _put(fresh: Path, target: Path) -> None:
     """Let ``fresh`` take the place of ``target``, or leave all as it is."""
     previous = _previous(target)
     if target.exists():
+        # os.replace refuses a target folder with files in it, so the old one moves
+        # aside first. After a kill between the two renames, `recover` moves it back.
         shutil.rmtree(previous, ignore_errors=True)
         os.replace(target, previous)
     try:
@@ -126,14 +153,3 @@ def _put(fresh: Path, target: Path) -> None:
         raise
     sync(target.parent)
     shutil.rmtree(previous, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Have a file, or a folder's names, on disk."""
-    if path.is_dir() and os.name == "nt":  # there, folders cannot be opened
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

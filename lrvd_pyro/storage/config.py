@@ -1,4 +1,4 @@
-"""``lrvd_config.json``: what a folder says of its model in words and numbers."""
+"""``lrvd_config.json``: the words and numbers that a folder stores of its model."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,35 +20,38 @@ from lrvd_pyro.storage.fingerprint import fingerprint
 from lrvd_pyro.storage.peft_files import live_config, plain_name
 from lrvd_pyro.storage.spec import describe
 
-FORMAT = 2
-KEYS = {"adapter", "base", "centered", "constant_biases", "constants", "frozen"}
-KEYS |= {"guide", "likelihood", "model", "modules", "num_data", "origin", "prior"}
-KEYS |= {"ranks", "scalings", "use_rslora", "versions"}
+__all__ = ["Parts", "Tensors", "config_of", "joined", "parted", "read_config"]
 
-Tensors = dict[str, Tensor]
-Parts = dict[str, Tensors]
+Tensors = dict[str, Tensor]  # by name
+Parts = dict[str, Tensors]  # by "net", "model", "prior", "likelihood" or "guide"
+
+_FORMAT = 2
+_KEYS = {"adapter", "base", "centered", "constant_biases", "constants", "frozen"}
+_KEYS |= {"guide", "likelihood", "model", "modules", "num_data", "origin", "prior"}
+_KEYS |= {"ranks", "scalings", "use_rslora", "versions"}
 
 
 def config_of(model: RankModel, guide: nn.Module, parts: Parts) -> dict[str, Any]:
-    """What `save` writes of a model and its guide, beside their tensors."""
+    """Describe a model and its guide, without their tensors, for `save` to write."""
     space, net = model.space, model.base_net
-    made: dict[str, Any] = {
+    objects: dict[str, Any] = {
         "model": describe(model, models),
         "prior": describe(model.prior, priors),
         "likelihood": describe(model.likelihood, likelihoods),
         "guide": describe(guide, guides),
     }
     if isinstance(guide, RankDiagonal):
-        made["guide"]["held"] = guide.held
+        objects["guide"]["held"] = guide.held
     versions = {m.__name__: str(m.__version__) for m in (torch, pyro, peft)}
     return {
-        "format": FORMAT,
+        "format": _FORMAT,
         "versions": {"lrvd_pyro": __version__, **versions},
-        **made,
+        **objects,
         "num_data": model.num_data,
         "adapter": space.adapter,
         "modules": space.modules,
         "ranks": space.ranks,
+        # Pruning changes r and keeps the scaling, so alpha / r does not tell it.
         "scalings": [layer.scaling[space.adapter] for layer in space.layers],
         "centered": bool(center_of(space)),
         "constant_biases": is_frozen_bias(space.layers[0].lora_B[space.adapter]),
@@ -61,24 +64,24 @@ def config_of(model: RankModel, guide: nn.Module, parts: Parts) -> dict[str, Any
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The config of a folder, in the present format.
+    """Read the config of a folder and bring it to the present format.
 
     Raises:
-        ValueError: If the file is missing or damaged, of a newer format, or lacks
-            something.
+        ValueError: If the file is missing, is damaged, has a newer format or lacks an
+            entry.
     """
     config = read_json(path)
-    found = config.get("format")
-    if not isinstance(found, int) or found > FORMAT:
+    number = config.get("format")
+    if not isinstance(number, int) or number > _FORMAT:
         writer = config.get("versions", {}).get("lrvd_pyro")
         raise ValueError(
-            f"{path} has format {found!r}, written by lrvd_pyro {writer}; this is "
-            f"{__version__}, which reads {FORMAT} at most: "
+            f"{path} has format {number!r}, written by lrvd_pyro {writer}; this is "
+            f"lrvd_pyro {__version__}, which reads formats up to {_FORMAT}: "
             f"pip install -U lrvd_pyro"
         )
-    if found == 1:
+    if number == 1:
         config = _from_format_1(config)
-    missing = sorted(KEYS - config.keys())
+    missing = sorted(_KEYS - config.keys())
     if missing or not {"name", "builtin", "arguments"} <= set(config["model"]):
         raise ValueError(
             f"{path} lacks {missing} or the model's name and arguments; write the "
@@ -88,12 +91,16 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def joined(parts: Parts) -> Tensors:
-    """The tensors of all parts by ``<part>.<name>``."""
-    return {f"{part}.{n}": t for part, own in parts.items() for n, t in own.items()}
+    """The tensors of all parts in one dict, under ``<part>.<name>``."""
+    return {
+        f"{part}.{name}": tensor
+        for part, tensors in parts.items()
+        for name, tensor in tensors.items()
+    }
 
 
 def parted(tensors: Mapping[str, Tensor], format: int) -> Parts:
-    """What `joined` was given, by names of the present format."""
+    """The inverse of `joined`, with names of the present format."""
     parts: Parts = {part: {} for part in ("net", "model", "prior", "likelihood")}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
@@ -104,7 +111,10 @@ def parted(tensors: Mapping[str, Tensor], format: int) -> Parts:
 
 
 def _from_format_1(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Up to version 0.1 a model was a name, and its arguments stood beside it."""
+    """Bring a config of version 0.1 to the present format.
+
+    There, ``model`` was a name, and the model's arguments were entries beside it.
+    """
     new = {"format": 1, **config}
     new["centered"] = new.pop("centred", False)
     gated = new.get("model") == "GateLoRA"
@@ -112,7 +122,7 @@ def _from_format_1(config: Mapping[str, Any]) -> dict[str, Any]:
     arguments = {argument: new.pop(argument, None)}
     new["model"] = {"name": new.get("model"), "builtin": True, "arguments": arguments}
     guide = {"name": None, **new.get("guide", {})}
-    if guide["name"] == "TiedDiagonal":
+    if guide["name"] == "TiedDiagonal":  # has lost this argument
         guide["arguments"] = {
             name: value
             for name, value in guide["arguments"].items()

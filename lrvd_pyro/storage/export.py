@@ -1,8 +1,8 @@
 """The posterior mean of an adapter as plain PEFT LoRA, or merged into the network.
 
-Gate means and scalings go into ``lora_B``, and ``r = lora_alpha`` in every module, so
-that the scaling is 1 whether or not a server reads ``rank_pattern`` and
-``alpha_pattern``. That is exact for DoRA too, whose norm depends on scaling B A alone.
+Gate means and scalings go into ``lora_B``. Every module gets ``lora_alpha = r``, so its
+scaling is 1, whether or not a server reads ``rank_pattern`` and ``alpha_pattern``. This
+is exact for DoRA too, whose norm depends on ``scaling B A`` alone.
 """
 
 import copy
@@ -15,12 +15,17 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
 from lrvd_pyro._compat.transformers import attention_implementation
-from lrvd_pyro.batches import without_labels
+from lrvd_pyro.batches import Batch, without_labels
 from lrvd_pyro.inference.programs import Guide
 from lrvd_pyro.models.base import RankModel, evaluating
 from lrvd_pyro.predictive.predictive import posterior_mean
 from lrvd_pyro.storage.atomic import AnyPath, written_whole
-from lrvd_pyro.storage.mean_adapter import is_nothing, mean_modules, padded
+from lrvd_pyro.storage.mean_adapter import (
+    MeanModule,
+    is_nothing,
+    mean_modules,
+    padded,
+)
 from lrvd_pyro.storage.peft_files import (
     PREFIX,
     adapter_state,
@@ -31,12 +36,14 @@ from lrvd_pyro.storage.peft_files import (
     write_adapter,
 )
 
-Mode = Literal["pruned", "padded", "merged"]
+__all__ = ["export_peft", "merge", "plain_adapter"]
+
+_Mode = Literal["pruned", "padded", "merged"]
 
 # Initializations that subtract the first B A from the base weights.
-MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-HALF = (torch.bfloat16, torch.float16)
-PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_B.center")
+_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_HALF = (torch.bfloat16, torch.float16)
+_PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_B.center")
 
 
 def export_peft(
@@ -44,46 +51,48 @@ def export_peft(
     model: RankModel,
     guide: Guide,
     *,
-    mode: Mode = "pruned",
-    probe: Mapping[str, Any] | None = None,
+    mode: _Mode = "pruned",
+    probe: Batch | None = None,
 ) -> Path:
-    """Write the posterior mean for those who know nothing of this library.
+    """Write the posterior mean for programs that do not know this library.
 
     - "pruned": PEFT LoRA without the components whose mean gate is exactly 0, and
-      without the modules that have no other; ragged ranks by ``rank_pattern``.
-    - "padded": the same with zero rows up to one rank, for servers without patterns.
-    - "merged": a plain Transformers network, the adapter added to its weights.
+      without the modules that have no other. ``rank_pattern`` holds ragged ranks.
+    - "padded": the same, filled up with zero rows to one rank, for servers that do not
+      read patterns.
+    - "merged": a plain Transformers network with the adapter added to its weights.
+
+    Wrong as a substitute for prediction under the posterior: one forward pass at the
+    mean is not an average, and its confidence is that of a point estimate.
 
     Example::
 
         export_peft("adapter", model, guide, probe=batch)
         PeftModel.from_pretrained(AutoModel.from_pretrained(name), "adapter")
 
-    One forward pass at the mean is no average over the posterior: confidence is that
-    of a point estimate.
-
     Args:
         path: A folder that does not exist yet, or is empty.
         model: The trained model; its network stays as it is.
         guide: Its guide.
         mode: "pruned", "padded" or "merged".
-        probe: A batch. What was written is loaded again, through plain PEFT or
-            Transformers, and its logits compared, before ``path`` exists.
+        probe: A batch for a trial. Before ``path`` exists, plain PEFT or Transformers
+            loads the export, and its logits are compared with the model's.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: If ``path`` is not empty, nothing is left to export, the adapter
-            alone does not make the network, "merged" meets a bias and a layer without
-            one, or the probe's logits differ by more than 1e-5 of the largest (2e-2 in
-            half precision). Nothing is written then.
-        TypeError: If a layer cannot be padded, or "merged" meets no Transformers net.
+        ValueError: If ``path`` is not empty; if nothing is left to export; if the
+            adapter alone does not make the network; if "merged" meets a bias and a
+            layer without one; or if the probe's logits differ by more than 1e-5 of the
+            largest (2e-2 in half precision). Nothing is written then.
+        TypeError: If a layer cannot be padded, or "merged" meets a network that is not
+            a Transformers one.
         RuntimeError: If the adapter is merged, disabled, inactive or deleted.
     """
     if mode not in ("pruned", "padded", "merged"):
         raise ValueError(f'mode={mode!r}; expected "pruned", "padded" or "merged"')
-    refuse_other_adapters(model)
+    _refuse_other_adapters(model)
     with written_whole(path) as folder:
         if mode == "merged":
             merge(model, guide).save_pretrained(folder)
@@ -98,7 +107,7 @@ def export_peft(
 def plain_adapter(
     model: RankModel, guide: Guide, *, drop: bool = True, uniform: bool = False
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The mean adapter as PEFT stores it: its config and its tensors by name.
+    """Give the mean adapter as PEFT stores it: its config, and its tensors by name.
 
     Args:
         model: The trained model.
@@ -110,7 +119,7 @@ def plain_adapter(
         ValueError: If nothing is left, or the adapter alone does not make the network.
         TypeError: If a layer cannot be padded.
     """
-    refuse_other_adapters(model)
+    _refuse_other_adapters(model)
     _refuse_what_no_adapter_holds(model)
     net, adapter = model.base_net, model.space.adapter
     means = mean_modules(model, guide, drop=drop)
@@ -120,21 +129,17 @@ def plain_adapter(
             "nothing is left to export: the mean of every gate is 0, and PEFT has no "
             'adapter without rank; use export_peft(..., mode="merged")'
         )
-    # PEFT knows no rank 0: where a bias alone is left, it comes with a row of zeros
+    # PEFT refuses rank 0, so a bias that stands alone comes with a row of zeros.
     ranks = {name: max(1, len(mean.lora_A)) for name, mean in left.items()}
     if uniform:
         ranks = dict.fromkeys(left, max(ranks.values()))
     tensors = adapter_state(net, adapter)
     for name in means:
-        for part in PARTS:
+        for part in _PARTS:
             tensors.pop(f"{PREFIX}{name}.{part}", None)
-    for name, mean in left.items():
-        filled = padded(name, mean, ranks[name])
-        tensors |= {
-            f"{PREFIX}{name}.{part}": tensor
-            for part, tensor in zip(PARTS, filled)
-            if tensor is not None
-        }
+    tensors |= _lora_tensors(left, ranks)
+    # vLLM ignores both patterns and takes one lora_alpha / r: with alpha = r in every
+    # module it is right all the same.
     config = lora_config(live_config(model), ranks, ranks, module_names(net))
     config.use_rslora, config.inference_mode = False, True
     config.lora_bias = any(mean.bias is not None for mean in left.values())
@@ -142,11 +147,16 @@ def plain_adapter(
 
 
 def merge(model: RankModel, guide: Guide) -> Any:
-    """A copy of the network without PEFT, the mean adapter added to its weights."""
+    """Copy the network without PEFT, with the mean adapter added to its weights.
+
+    Raises:
+        TypeError: If the network is not a Transformers one.
+        ValueError: If the adapter has a bias where the layer has none.
+    """
     net, adapter = model.base_net, model.space.adapter
     if not hasattr(net.get_base_model(), "save_pretrained"):
         raise TypeError(
-            f'mode="merged" writes a Transformers network, and this is a '
+            f'mode="merged" writes a Transformers network, and this one is a '
             f'{type(net.get_base_model()).__name__}; use mode="pruned"'
         )
     twin = copy.deepcopy(net)
@@ -154,6 +164,8 @@ def merge(model: RankModel, guide: Guide) -> Any:
         layer: Any = twin.get_submodule(PREFIX + name)
         layer.lora_A[adapter].weight.data = mean.lora_A.detach()
         layer.lora_B[adapter].weight.data = mean.lora_B.detach()
+        # By this flag PEFT merges a bias, and fails where the layer has none. A bias of
+        # zeros has nothing to merge.
         layer.lora_bias[adapter] = mean.bias is not None and bool(mean.bias.any())
         if mean.bias is not None:
             layer.lora_B[adapter].bias.data = mean.bias.detach()
@@ -166,41 +178,56 @@ def merge(model: RankModel, guide: Guide) -> Any:
     return twin.merge_and_unload(adapter_names=[adapter])
 
 
-def refuse_other_adapters(model: RankModel) -> None:
-    """Raise if another adapter too shapes the logits."""
-    active, own = model.base_net.active_adapters, model.space.adapter
-    if list(active) != [own]:
+def _lora_tensors(
+    left: Mapping[str, MeanModule], ranks: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """The tensors of modules at their ranks, by the names that PEFT gives them."""
+    tensors: dict[str, Tensor] = {}
+    for name, mean in left.items():
+        for part, tensor in zip(_PARTS, padded(name, mean, ranks[name])):
+            if tensor is not None:
+                tensors[f"{PREFIX}{name}.{part}"] = tensor
+    return tensors
+
+
+def _refuse_other_adapters(model: RankModel) -> None:
+    """Raise if another adapter shapes the logits too."""
+    active, adapter = model.base_net.active_adapters, model.space.adapter
+    if list(active) != [adapter]:
         raise ValueError(
-            f"adapters {list(active)} are active, and what is written holds "
-            f"{own!r} alone; call net.set_adapter({own!r})"
+            f"adapters {list(active)} are active, but {adapter!r} alone would be "
+            f"written; call net.set_adapter({adapter!r})"
         )
 
 
 def _refuse_what_no_adapter_holds(model: RankModel) -> None:
+    """Raise if base and adapter do not make the network."""
     net, adapter = model.base_net, model.space.adapter
     start = live_config(model).init_lora_weights
-    if isinstance(start, str) and start.lower().startswith(MOVES_BASE):
+    if isinstance(start, str) and start.lower().startswith(_MOVES_BASE):
         raise ValueError(
-            f"init_lora_weights={start!r} changed the base weights, which an adapter "
-            f'does not bring back; use export_peft(..., mode="merged")'
+            f"init_lora_weights={start!r} changed the base weights, and an adapter "
+            f'does not bring them along; use export_peft(..., mode="merged")'
         )
-    ours = set(adapter_state(net, adapter).values())
+    in_adapter = set(adapter_state(net, adapter).values())
     outside = [
-        n for n, p in net.named_parameters() if p.requires_grad and p not in ours
+        name
+        for name, parameter in net.named_parameters()
+        if parameter.requires_grad and parameter not in in_adapter
     ]
     if outside:
         names = sorted({plain_name(n).rpartition(".")[0] for n in outside})
         raise ValueError(
-            f"{names} train but belong to no adapter, so that plain PEFT would not "
-            f"load them; name them in LoraConfig(modules_to_save=...), or use "
+            f"{names} train but belong to no adapter, so plain PEFT would not load "
+            f"them; name them in LoraConfig(modules_to_save=...), or use "
             f'export_peft(..., mode="merged")'
         )
 
 
 def _compare(
-    folder: Path, model: RankModel, guide: Guide, mode: Mode, probe: Mapping[str, Any]
+    folder: Path, model: RankModel, guide: Guide, mode: _Mode, probe: Batch
 ) -> None:
-    """Raise unless what stands in the folder gives the logits of the mean adapter."""
+    """Raise unless a written folder gives the logits of the mean adapter."""
     net = model.base_net
     inputs = without_labels(probe)
     with evaluating(model), torch.no_grad():
@@ -209,20 +236,22 @@ def _compare(
         output = _reload(folder, net, mode).eval()(**inputs)
     error = float((getattr(output, "logits", output) - expected).abs().max())
     largest = float(expected.abs().max())
-    half = any(p.dtype in HALF for p in net.parameters())
+    half = any(p.dtype in _HALF for p in net.parameters())
     tolerance = 2e-2 if half else 1e-5
-    if not error <= tolerance * largest:
+    if not error <= tolerance * largest:  # NaN is refused too
         raise ValueError(
             f"loaded again, the export's logits differ by {error:.2g} from the mean "
             f"adapter's, whose largest is {largest:.2g}; expected {tolerance} of that "
-            f"at most. Nothing was written. Does a forward pass repeat itself, "
-            f"net.eval()(**probe)? Then please report it with this message"
+            f"at most. Nothing was written. If net.eval()(**probe) gives the same "
+            f"logits twice, please report this message"
         )
 
 
-def _reload(folder: Path, net: PeftModel, mode: Mode) -> nn.Module:
+def _reload(folder: Path, net: PeftModel, mode: _Mode) -> nn.Module:
+    """Load an export by plain Transformers, or by plain PEFT on a copy of the base."""
     base: Any = net.get_base_model()
     if mode == "merged":
+        # Another attention kernel or precision would round its logits differently.
         attention = attention_implementation(base)
         loaded: nn.Module = type(base).from_pretrained(
             folder, dtype=base.dtype, attn_implementation=attention

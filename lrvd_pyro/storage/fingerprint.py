@@ -1,4 +1,4 @@
-"""What tells one base network from another: a few values of every frozen parameter."""
+"""The fingerprint of a base network: a few values of every frozen parameter."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -11,16 +11,22 @@ from torch import Tensor, nn
 
 from lrvd_pyro.storage.peft_files import plain_name
 
-Fingerprint = dict[str, dict[str, Any]]
-SAMPLES = 4
+__all__ = ["Fingerprint", "check_base", "differences", "fingerprint"]
+
+Fingerprint = dict[str, dict[str, Any]]  # dtype, shape and values, by parameter name
+
+_SAMPLES = 4
 
 
 def fingerprint(net: nn.Module, without: Collection[str]) -> Fingerprint:
-    """Shape, precision and some values of each parameter that is no adapter's.
+    """Sketch each parameter of a base by its precision, its shape and some values.
+
+    Parameters that belong to an adapter are left out. Names are those of the network
+    without PEFT.
 
     Args:
         net: A network, with PEFT or without.
-        without: Names of parameters that the adapter brings along.
+        without: Names of parameters that come with the adapter, such as a head's.
     """
     base = net.get_base_model() if isinstance(net, PeftModel) else net
     return {
@@ -36,27 +42,34 @@ def check_base(
     """Raise unless ``net`` is the base that a folder was saved from, without PEFT.
 
     Args:
-        folder: Where the config stands, for the message.
-        net: What might be the base.
-        config: As `lrvd_pyro.save` writes it.
-        saved: Names of the tensors that the adapter brings along.
+        folder: The folder of the config, for the message.
+        net: The network to check.
+        config: The config that `lrvd_pyro.save` wrote.
+        saved: Names of the tensors that come with the adapter.
+
+    Raises:
+        TypeError: If ``net`` is a PEFT model.
+        ValueError: If ``net`` is another base.
     """
     if isinstance(net, PeftModel):
         raise TypeError(
-            f"net is a {type(net).__name__}; expected the base without PEFT, into "
-            f"which load puts the saved adapter itself: load(path, net.unload())"
+            f"net is a {type(net).__name__}; expected the base without PEFT, since "
+            f"load adds the saved adapter itself: load(path, net.unload())"
         )
-    found = fingerprint(net, {plain_name(name) for name in saved})
-    if unlike := differences(found, config["base"]):
+    present = fingerprint(net, {plain_name(name) for name in saved})
+    if unlike := differences(present, config["base"]):
         raise ValueError(
             f"net is not the base that {folder} was saved from: "
             f"{'; '.join(unlike[:3])} ({len(unlike)} differences); pass that base, "
-            f"from the same from_pretrained(...) and with the same options"
+            f"made by the same from_pretrained(...) with the same options"
         )
 
 
 def differences(found: Fingerprint, saved: Fingerprint) -> list[str]:
-    """In words, where two networks differ; values of unlike precision to 1%."""
+    """List in words where two networks differ.
+
+    Values are compared exactly where the precision is the same, and to 1% elsewhere.
+    """
     missing = [f"{name} is missing" for name in saved if name not in found]
     more = [f"{name} is one too many" for name in found if name not in saved]
     both = [(name, found[name], saved[name]) for name in saved if name in found]
@@ -74,18 +87,22 @@ def differences(found: Fingerprint, saved: Fingerprint) -> list[str]:
 
 
 def _is_adapters(name: str) -> bool:
+    """Whether a parameter in PEFT's network belongs to an adapter, by its full name."""
     parts = name.split(".")
-    own = {"modules_to_save", "token_adapter"}
-    return any(p in own or p.startswith("lora_") for p in parts)
+    peft_names = {"modules_to_save", "token_adapter"}
+    return any(p in peft_names or p.startswith("lora_") for p in parts)
 
 
 def _sketch(parameter: Tensor) -> dict[str, Any]:
-    """Evenly spaced values, the last one among them; quantized weights have none."""
+    """Take evenly spaced values, the last one among them.
+
+    Quantized weights and weights on the meta device have no values to take.
+    """
     values: list[float] = []
     if parameter.is_floating_point() and parameter.numel() and not parameter.is_meta:
         flat = parameter.detach().reshape(-1)
         last = len(flat) - 1
-        index = [last * (i + 1) // SAMPLES for i in range(SAMPLES)]
+        index = [last * (i + 1) // _SAMPLES for i in range(_SAMPLES)]
         values = flat[torch.tensor(index, device=flat.device)].double().tolist()
     return {
         "dtype": str(parameter.dtype),
@@ -95,6 +112,7 @@ def _sketch(parameter: Tensor) -> dict[str, Any]:
 
 
 def _alike(mine: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    """Whether values agree; a base in bfloat16 may stand for the same in float32."""
     exact = mine["dtype"] == theirs["dtype"]
     pairs = zip(mine["values"], theirs["values"], strict=True)
     near = {"rel_tol": 0.0 if exact else 1e-2, "abs_tol": 0.0 if exact else 1e-6}

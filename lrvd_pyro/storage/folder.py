@@ -1,15 +1,16 @@
-"""A posterior on disk: what plain PEFT reads, and beside it what this library needs.
+"""A posterior on disk: files for plain PEFT, and beside them those of this library.
 
 A saved folder holds
 
-- ``adapter_config.json`` and ``adapter_model.safetensors``: the mean adapter, as PEFT
-  itself would write it; it knows no more of a posterior;
-- ``lrvd_config.json``: format and versions, prior, likelihood and guide by class name
-  with their arguments, the number of data, modules, ranks, and what tells the base;
+- ``adapter_config.json`` and ``adapter_model.safetensors``: the mean adapter as PEFT
+  itself would write it, without the rest of the posterior;
+- ``lrvd_config.json``: format and versions; model, prior, likelihood and guide by class
+  name with their arguments; the number of data, the modules and ranks, and the
+  fingerprint of the base;
 - ``lrvd_posterior.safetensors``: A, B and the head as they train, and the parameters of
   guide, prior and likelihood.
 
-Nothing is pickled, so that a folder from a stranger runs no code.
+Nothing is pickled, so a folder from a stranger runs no code.
 """
 
 import json
@@ -55,33 +56,36 @@ from lrvd_pyro.storage.peft_files import (
 )
 from lrvd_pyro.storage.spec import build, build_guide, build_model
 
-CONFIG, POSTERIOR = "lrvd_config.json", "lrvd_posterior.safetensors"
+__all__ = ["load", "save"]
+
+_CONFIG, _POSTERIOR = "lrvd_config.json", "lrvd_posterior.safetensors"
 
 
 def save(path: AnyPath, model: RankModel, guide: nn.Module) -> Path:
     """Write a model and its guide to a folder, whole or not at all.
 
-    The head of this file says what the folder holds. One that `save` wrote before is
-    replaced.
+    The docstring of `lrvd_pyro.storage.folder` lists the files. A folder that `save`
+    wrote before is replaced.
 
     Example::
 
         save("posterior", model, guide)
-        PeftModel.from_pretrained(base, "posterior")     # its mean, for anyone
-        model, guide = load("posterior", base)           # to predict, or to go on
+        PeftModel.from_pretrained(base, "posterior")     # the mean, in plain PEFT
+        model, guide = load("posterior", base)           # to predict or to train on
 
     Args:
         path: The folder.
-        model: A `GateLoRA`, `FactorLoRA`, or one of your own.
+        model: A `GateLoRA`, a `FactorLoRA`, or a `RankModel` of your own.
         guide: Its guide, a module.
 
     Returns:
         The path.
 
     Raises:
-        TypeError: If the model is another one, or the guide is a function.
-        ValueError: If the folder holds other files, the guide belongs to another model
-            or has no parameters yet, or the adapter alone does not make the network.
+        TypeError: If ``model`` is not a `RankModel`, or the guide is a function.
+        ValueError: If the folder holds other files; if the guide belongs to another
+            model or has no parameters yet; or if the adapter alone does not make the
+            network.
         RuntimeError: If the adapter is merged, disabled, inactive or deleted.
     """
     if not isinstance(model, RankModel):
@@ -91,18 +95,18 @@ def save(path: AnyPath, model: RankModel, guide: nn.Module) -> Path:
         )
     if not isinstance(guide, nn.Module):
         raise TypeError(
-            f"guide is a {type(guide).__name__}, whose parameters stand in Pyro's "
-            f"store alone; make it a PyroModule, such as guides.RankDiagonal(model)"
+            f"guide is a {type(guide).__name__}, whose parameters are in Pyro's store "
+            f"alone; make it a PyroModule, such as guides.RankDiagonal(model)"
         )
     if isinstance(guide, RankGuide):
         check_pair(model, guide)
     adapter = plain_adapter(model, guide, drop=False)
     parts = _parts(model, guide)
     config = json.dumps(config_of(model, guide, parts), indent=2)
-    with written_whole(path, {ADAPTER_CONFIG, ADAPTER, CONFIG, POSTERIOR}) as folder:
+    with written_whole(path, {ADAPTER_CONFIG, ADAPTER, _CONFIG, _POSTERIOR}) as folder:
         write_adapter(folder, *adapter, model.base_net)
-        write_tensors(folder / POSTERIOR, joined(parts))
-        (folder / CONFIG).write_text(config)
+        write_tensors(folder / _POSTERIOR, joined(parts))
+        (folder / _CONFIG).write_text(config)
     return Path(path)
 
 
@@ -116,11 +120,11 @@ def load(
     guide: Callable[[RankModel], nn.Module] | None = None,
     weight_prior: torch.distributions.Distribution | None = None,
 ) -> tuple[RankModel, Any]:
-    """The model and guide of a folder that `save` wrote, to predict with or to train.
+    """Read the model and guide of a folder that `save` wrote, to predict or to train.
 
-    ``net`` is the base without PEFT, made as for training; its adapter is put into it
-    here, at the saved ranks. Predictions at a seed are those before saving, bit for
-    bit. Optimizer and random state are not part of it.
+    ``net`` is the base without PEFT, made as for training. `load` adds the adapter to
+    it, at the saved ranks. Predictions at a seed are those from before saving, bit for
+    bit. Optimizer and random state are not stored: use `lrvd_pyro.checkpoint`.
 
     Example::
 
@@ -128,32 +132,33 @@ def load(
         model, guide = load("posterior", net)
 
     Models, priors, likelihoods and guides of this library are made from their names.
-    Any other is passed, and its name checked.
+    Pass any other one; its name is checked.
 
     Args:
         path: The folder.
-        net: The base network, without PEFT; if loading fails it is so again.
-        model: The model's class, or a function with its arguments, if it is not of this
-            library.
-        prior: What the model was made with, if it is not of this library.
-        likelihood: Likewise.
-        guide: The guide's class, or a function from the model to it. AutoGuides make
-            their parameters when called: let the function do so, ``guide(**batch)``.
-        weight_prior: As the model's, if it is no distribution with scalar parameters.
+        net: The base network, without PEFT; if loading fails, it stays without.
+        model: The model's class, or a function with the same arguments, for a class
+            that is not of this library.
+        prior: The model's prior, if its class is not of this library.
+        likelihood: The model's likelihood, if its class is not of this library.
+        guide: The guide's class, or a function from the model to the guide. AutoGuides
+            make their parameters when called: call ``guide(**batch)`` in the function.
+        weight_prior: The model's weight prior, if it is not a distribution with scalar
+            parameters.
 
     Returns:
-        Model and guide.
+        The model and the guide.
 
     Raises:
-        TypeError: If ``net`` is a PEFT model already.
-        ValueError: If a file is missing, damaged, of a newer format or unlike the
-            others; if ``net`` is another base; if something must be passed, or what was
-            passed is not what was saved.
+        TypeError: If ``net`` is already a PEFT model.
+        ValueError: If a file is missing, is damaged, has a newer format or does not fit
+            the others; if ``net`` is another base; or if an object must be passed, or
+            is not the one that was saved.
     """
     recover(path)
     folder = Path(path)
-    config = read_config(folder / CONFIG)
-    saved = parted(read_tensors(folder / POSTERIOR), config["format"])
+    config = read_config(folder / _CONFIG)
+    saved = parted(read_tensors(folder / _POSTERIOR), config["format"])
     adapter_config = _read_adapter_config(folder)
     check_base(folder, net, config, saved["net"])
     given: dict[str, Any] = {
@@ -173,8 +178,9 @@ def load(
 
 
 def _parts(model: RankModel, guide: nn.Module) -> Parts:
-    """Every tensor to keep: the objects that train, by part and name."""
+    """Every tensor to store, itself and not a copy, by part and name."""
     net = model.base_net
+    # A guide that holds its model as a child has the base among its own parameters.
     whole = set(net.state_dict(keep_vars=True).values())
     parts: Parts = {"net": adapter_state(net, model.space.adapter)}
     for part in ("prior", "likelihood"):
@@ -190,7 +196,7 @@ def _parts(model: RankModel, guide: nn.Module) -> Parts:
 
 
 def _state(module: object) -> Tensors:
-    """The parameters and buffers themselves; of what is not a module, none."""
+    """The parameters and buffers of a module, uncopied; none of a function."""
     if not isinstance(module, nn.Module):
         return {}
     state: Tensors = module.state_dict(keep_vars=True)
@@ -202,29 +208,30 @@ def _read_adapter_config(folder: Path) -> LoraConfig:
     if stored.get("peft_type") != "LORA":
         raise ValueError(
             f"{folder / ADAPTER_CONFIG} is of type {stored.get('peft_type')!r}; "
-            f"expected 'LORA': write it anew, save(path, model, guide)"
+            f"expected 'LORA': write the folder again, save(path, model, guide)"
         )
     config: LoraConfig = LoraConfig.from_pretrained(str(folder))
     return config
 
 
 def _restore(folder: Path, parts: Parts, saved: Parts, frozen: set[str]) -> None:
-    """Let the tensors have the saved values; check all before touching one."""
-    ours, theirs = joined(parts), joined(saved)
-    missing, more = ours.keys() - theirs.keys(), theirs.keys() - ours.keys()
+    """Give the tensors the saved values; every check comes before the first write."""
+    present, stored = joined(parts), joined(saved)
+    missing, more = present.keys() - stored.keys(), stored.keys() - present.keys()
     unlike = {
-        name: (list(theirs[name].shape), list(tensor.shape))
-        for name, tensor in ours.items()
-        if name in theirs and theirs[name].shape != tensor.shape
+        name: (list(stored[name].shape), list(tensor.shape))
+        for name, tensor in present.items()
+        if name in stored and stored[name].shape != tensor.shape
     }
     if missing or more or unlike:
         raise ValueError(
-            f"{folder / POSTERIOR} does not fit this model and guide: it lacks "
-            f"{sorted(missing)}, has {sorted(more)} besides, and of the shapes (saved, "
-            f"expected) {unlike} differ; pass net, prior, likelihood and guide as they "
-            f"were saved"
+            f"{folder / _POSTERIOR} does not fit this model and guide: it lacks "
+            f"{sorted(missing)}, also has {sorted(more)}, and these shapes (saved, "
+            f"expected) differ: {unlike}; pass net, prior, likelihood and guide as "
+            f"they were saved"
         )
-    for name, tensor in ours.items():
-        tensor.data = theirs[name].to(tensor.device)
+    for name, tensor in present.items():
+        # By .data, for the precision that was saved: copy_ would keep the present one.
+        tensor.data = stored[name].to(tensor.device)
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(name not in frozen)

@@ -1,4 +1,4 @@
-"""An adapter as PEFT has it: its names, its config, its files."""
+"""An adapter in PEFT's own terms: its names, its config, its files."""
 
 import copy
 from collections.abc import Collection, Iterator, Mapping
@@ -13,35 +13,52 @@ from torch import Tensor, nn
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.rank_space.constant import give_bias, hold_constant
 
-ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
+__all__ = [
+    "ADAPTER",
+    "ADAPTER_CONFIG",
+    "PREFIX",
+    "adapted",
+    "adapter_state",
+    "live_config",
+    "lora_config",
+    "module_names",
+    "plain_name",
+    "write_adapter",
+    "write_tensors",
+]
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER = "adapter_model.safetensors"
+PREFIX = "base_model.model."  # before the names of a PeftModel's modules
 
 
 def plain_name(name: str) -> str:
-    """The name of a parameter or module in the network without PEFT."""
+    """The name that a parameter or module has in the network without PEFT."""
+    # PEFT keeps a wrapped layer as ``base_layer`` and a head as ``original_module``.
     parts = name.removeprefix(PREFIX).split(".")
     return ".".join(p for p in parts if p not in ("base_layer", "original_module"))
 
 
 def module_names(net: nn.Module) -> list[str]:
-    """Names of all modules as in the network without PEFT, and PEFT's own."""
+    """The names of all modules as without PEFT, and of those that PEFT adds."""
     base = net.get_base_model() if isinstance(net, PeftModel) else net
     return [plain_name(name) for name, _ in base.named_modules()]
 
 
 def adapter_state(net: PeftModel, adapter: str) -> dict[str, Tensor]:
-    """What PEFT would save of an adapter: the parameters themselves, heads included."""
+    """The parameters that PEFT would save of an adapter, heads included, uncopied."""
     state: dict[str, Tensor] = get_peft_model_state_dict(
         net,
-        state_dict=net.state_dict(keep_vars=True),
+        state_dict=net.state_dict(keep_vars=True),  # copies would lose requires_grad
         adapter_name=adapter,
+        # "auto" would save embeddings, and may ask the Hugging Face Hub about the base.
         save_embedding_layers=False,
     )
     return state
 
 
 def live_config(model: RankModel) -> LoraConfig:
-    """What PEFT has been told of the adapter; ranks may have gone since."""
+    """The adapter's config in PEFT; its ranks are those from before any pruning."""
     return cast(LoraConfig, model.base_net.peft_config[model.space.adapter])
 
 
@@ -51,15 +68,24 @@ def lora_config(
     alphas: Mapping[str, float],
     names: Collection[str],
 ) -> LoraConfig:
-    """A config for exactly these modules of a network whose modules have ``names``."""
+    """Copy a config, for exactly these modules at these ranks.
+
+    Args:
+        live: The config to copy.
+        ranks: The rank of each module, by its name without PEFT.
+        alphas: The ``lora_alpha`` of each module.
+        names: The names of all modules of the network.
+    """
     config: Any = copy.deepcopy(live)
     config.r, config.lora_alpha = max(ranks.values()), max(alphas.values())
     config.rank_pattern = _pattern(ranks, config.r)
     config.alpha_pattern = _pattern(alphas, config.lora_alpha)
     config.target_modules = sorted(ranks)
+    # PEFT also targets modules whose names end with a target's: "other.out" by "out".
     ends = [n for n in names if n not in ranks and _ends_of(n) & ranks.keys()]
     config.exclude_modules = sorted(ends) or None
     config.layers_to_transform = config.layers_pattern = None
+    # Initializations from the base or from data would run again when PEFT loads this.
     config.init_lora_weights, config.loftq_config = True, {}
     config.eva_config = config.corda_config = None
     return cast(LoraConfig, config)
@@ -68,40 +94,53 @@ def lora_config(
 def write_adapter(
     folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor], net: PeftModel
 ) -> None:
-    """Write what PEFT's ``save_pretrained`` writes, but for its README."""
+    """Write what PEFT's ``save_pretrained`` writes, except its README."""
     base = type(net.get_base_model())
     known = {"base_model_class": base.__name__, "parent_library": base.__module__}
+    # As PEFT: without a task type, AutoPeftModel finds the base's class by this.
     auto_mapping = known if config.task_type is None else None
     config.save_pretrained(str(folder), auto_mapping_dict=auto_mapping)
     write_tensors(folder / ADAPTER, tensors)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors, none of which may share memory, as safetensors."""
-    own = {name: t.detach().clone().contiguous() for name, t in tensors.items()}
-    save_file(own, path, metadata={"format": "pt"})
+    """Write tensors as safetensors, each with memory of its own."""
+    # Safetensors refuses tensors that share memory.
+    copies = {name: t.detach().clone().contiguous() for name, t in tensors.items()}
+    save_file(copies, path, metadata={"format": "pt"})
 
 
 @contextmanager
 def adapted(
     net: nn.Module, config: Mapping[str, Any], stored: LoraConfig
 ) -> Iterator[PeftModel]:
-    """The network with a new adapter as saved; without, should the block fail."""
+    """Add a new adapter to a network, at the saved ranks and scalings.
+
+    If the block fails, the network is without the adapter again.
+
+    Args:
+        net: The base network, without PEFT.
+        config: The config that `lrvd_pyro.save` wrote.
+        stored: PEFT's own config from the same folder.
+    """
     ranks = dict(zip(config["modules"], config["ranks"], strict=True))
     scalings = dict(zip(config["modules"], config["scalings"], strict=True))
     ranks |= dict.fromkeys(config["constants"], 1)
     scalings |= config["constants"]
     power = 0.5 if config["use_rslora"] else 1.0
+    # With these alphas PEFT's own ``save_pretrained`` keeps the scalings too.
     alphas = {name: _whole(scalings[name] * r**power) for name, r in ranks.items()}
     lora = lora_config(stored, ranks, alphas, module_names(net))
     lora.use_rslora, lora.inference_mode = config["use_rslora"], False
     lora.base_model_name_or_path = None
+    # PEFT makes a bias that trains; constant biases are given below.
     lora.lora_bias = stored.lora_bias and not config["constant_biases"]
     trainable = [p for p in net.parameters() if p.requires_grad]
     peft_net = get_peft_model(net, lora, config["adapter"])
     try:
         for name, scaling in scalings.items():
             layer: Any = peft_net.get_submodule(PREFIX + name)
+            # alpha / r rounds; the saved scaling keeps predictions bit for bit.
             layer.scaling[config["adapter"]] = scaling
             if config["constant_biases"]:
                 give_bias(layer, config["adapter"])
@@ -110,7 +149,7 @@ def adapted(
         yield peft_net
     except BaseException:
         peft_net.unload()
-        for parameter in trainable:
+        for parameter in trainable:  # get_peft_model has frozen them
             parameter.requires_grad_(True)
         raise
 
@@ -120,11 +159,11 @@ def _whole(alpha: float) -> float:
     return round(alpha) if abs(alpha - round(alpha)) < 1e-9 else alpha
 
 
-def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """What differs from ``default``, for PEFT, which takes the first name that fits.
+def _pattern(values: Mapping[str, float], default: float) -> dict[str, float]:
+    """The values that differ from ``default``, in the order that PEFT needs.
 
-    A name fits another that ends with it; so longer names come first, and a module
-    that ends like another is named in any case.
+    PEFT takes the first name that fits, and a name fits every other that ends with it.
+    So longer names come first, and a module that ends like another is always named.
     """
     names = sorted(values, key=len, reverse=True)
     both = {n for n in names if _ends_of(n) & values.keys()}
@@ -132,5 +171,6 @@ def _pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
 
 
 def _ends_of(name: str) -> set[str]:
+    """The dotted endings of a name, without the whole: "b.c" and "c" of "a.b.c"."""
     parts = name.split(".")
     return {".".join(parts[i:]) for i in range(1, len(parts))}

@@ -1,4 +1,4 @@
-"""What proves a prior, a guide or an objective right."""
+"""Assertions that prove a prior, a guide or an objective right, for users' tests."""
 
 from lrvd_pyro.testing.assertions import assert_error, assert_ok, assert_unbiased_elbo
 from lrvd_pyro.testing.goodness_of_fit import FAILURE_RATE, assert_goodness_of_fit

@@ -1,4 +1,4 @@
-"""An optimizer's state by the names of its parameters, whatever their order."""
+"""The state of an optimizer by the names of its parameters, whatever their order."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,24 +7,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrvd_pyro.optim import AdamW
+from lrvd_pyro.optim import AdamW, Optimizer
 from lrvd_pyro.training.tensors import some
 
-State = dict[str, Any]
+__all__ = ["check_optimizer", "load_optimizer", "optimizer_state"]
+
+_State = dict[str, Any]
 
 
-def optimizer_state(optimizer: Any, tensors: Mapping[str, Tensor]) -> State:
-    """Groups and moments of an optimizer over some of the ``tensors``; no copies.
+def optimizer_state(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> _State:
+    """Give the groups and moments of an optimizer by parameter name, uncopied.
+
+    Args:
+        optimizer: An optimizer of this library or of torch.
+        tensors: The tensors of model and guide by name; the optimizer trains some.
 
     Raises:
-        TypeError: If it is neither this library's nor torch's.
-        ValueError: If it holds other parameters, or a restored state not used yet.
+        TypeError: If the optimizer is neither this library's nor torch's.
+        ValueError: If it holds other parameters, or a restored state that no step has
+            used yet.
     """
     optim = _torch_optimizer(optimizer)
+    # Until its next step, a restored AdamW knows its state by order and not by tensor.
     if getattr(optimizer, "_pending", None) is not None:
         raise ValueError(
             "the optimizer was restored by set_state and has taken no step since, so "
-            "that its moments belong to no parameter yet; take one step first"
+            "its moments belong to no parameter yet; take one step first"
         )
     names = {tensor: name for name, tensor in tensors.items()}
     groups = [] if optim is None else optim.param_groups
@@ -47,12 +55,19 @@ def optimizer_state(optimizer: Any, tensors: Mapping[str, Tensor]) -> State:
 
 def check_optimizer(
     path: Path,
-    optimizer: Any,
+    optimizer: Optimizer,
     present: Mapping[str, Tensor],
     staying: Mapping[str, Tensor],
-    saved: State,
+    saved: _State,
 ) -> None:
-    """Raise unless `load_optimizer` can restore what is saved.
+    """Raise unless `load_optimizer` can restore the saved state.
+
+    Args:
+        path: The checkpoint's path, for the message.
+        optimizer: The optimizer that is to be restored.
+        present: The tensors of model and guide by name.
+        staying: Those that the optimizer still trains when ranks are removed.
+        saved: The state from `optimizer_state`.
 
     Raises:
         TypeError: If the optimizer is neither this library's nor torch's.
@@ -60,13 +75,13 @@ def check_optimizer(
     """
     optim = _torch_optimizer(optimizer)
     if optim is None or isinstance(optimizer, AdamW):
-        return
+        return  # this library's AdamW takes any groups: see `load_optimizer`
     names = {tensor: name for name, tensor in present.items()}
     left = [[names.get(p, "another") for p in g["params"]] for g in optim.param_groups]
-    found = [{n for n in g if n in staying or n not in present} for g in left]
+    groups = [{n for n in g if n in staying or n not in present} for g in left]
     expected = [set(group["params"]) for group in saved["groups"]]
-    if found != expected:
-        sizes = [len(g) for g in expected], [len(g) for g in found]
+    if groups != expected:
+        sizes = [len(g) for g in expected], [len(g) for g in groups]
         raise ValueError(
             f"{path} has an optimizer with groups of {sizes[0]} parameters, this one "
             f"has groups of {sizes[1]}, or of others; make it as for that run: "
@@ -74,35 +89,47 @@ def check_optimizer(
         )
 
 
-def load_optimizer(optimizer: Any, tensors: Mapping[str, Tensor], saved: State) -> None:
-    """Restore `optimizer_state`; ``tensors`` are those of model and guide by name."""
-    groups = saved["groups"]
+def load_optimizer(
+    optimizer: Optimizer, tensors: Mapping[str, Tensor], saved: _State
+) -> None:
+    """Restore the state from `optimizer_state`.
+
+    Args:
+        optimizer: An optimizer that `check_optimizer` has accepted.
+        tensors: The tensors of model and guide by name.
+        saved: The state.
+    """
     if isinstance(optimizer, AdamW):
-        held = [[tensors[name] for name in group["params"]] for group in groups]
+        # It adds parameters in the order in which steps meet them. Holding the saved
+        # ones first restores the order too, and a new optimizer needs no step for it.
+        groups = [group["params"] for group in saved["groups"]]
+        held = [[tensors[name] for name in names] for names in groups]
         optimizer.hold(held or [[], [], []])
+        fused = optimizer.torch_optim
+        state = None if fused is None else _torch_state(fused, tensors, saved)
         shapes = [[list(p.shape) for p in params] for params in held]
-        state = _torch_state(optimizer.torch_optim, tensors, saved) if held else None
         optimizer.set_state({"steps": saved["steps"], "optim": state, "shapes": shapes})
-    else:
-        optimizer.load_state_dict(_torch_state(optimizer, tensors, saved))
+    elif (optim := _torch_optimizer(optimizer)) is not None:
+        optim.load_state_dict(_torch_state(optim, tensors, saved))
 
 
-def _torch_state(optim: Any, tensors: Mapping[str, Tensor], saved: State) -> State:
-    """The saved state as torch has it, by the order of the present parameters."""
+def _torch_state(
+    optim: torch.optim.Optimizer, tensors: Mapping[str, Tensor], saved: _State
+) -> _State:
+    """The saved state as torch has it, numbered by the present order of parameters."""
     names = {tensor: name for name, tensor in tensors.items()}
     order = [names[p] for group in optim.param_groups for p in group["params"]]
     number = {name: i for i, name in enumerate(order)}
-    present = zip(optim.param_groups, saved["groups"], strict=True)
     groups = [
-        {**group, "params": [number[names[p]] for p in now["params"]]}
-        for now, group in present
+        {**group, "params": [number[names[p]] for p in present["params"]]}
+        for present, group in zip(optim.param_groups, saved["groups"], strict=True)
     ]
     moments = saved["moments"].items()
     return {"state": {number[n]: m for n, m in moments}, "param_groups": groups}
 
 
-def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer | None:
-    """The torch optimizer behind either kind, None before its first step."""
+def _torch_optimizer(optimizer: object) -> torch.optim.Optimizer | None:
+    """The torch optimizer behind either kind; None before the first step of AdamW."""
     if isinstance(optimizer, AdamW):
         return optimizer.torch_optim
     if isinstance(optimizer, torch.optim.Optimizer):

@@ -1,4 +1,4 @@
-"""A shuffled order of the training examples that can be left and taken up again."""
+"""A shuffled order of training examples, to be left and resumed at any index."""
 
 from collections.abc import Iterator, Mapping
 from numbers import Integral
@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+__all__ = ["ResumableSampler"]
+
 
 class ResumableSampler(Sampler[int]):
     """Every index below ``n`` once per epoch, in an order that (seed, epoch) fixes.
 
-    Iteration yields what is left of the present epoch, so that a fresh sampler with
-    this one's `state_dict` goes on at the next index. It draws from no global random
-    number generator.
+    Iteration yields the rest of the present epoch, so a fresh sampler with this one's
+    `state_dict` goes on at the next index. No global random number generator is used.
 
     Example::
 
@@ -24,25 +25,26 @@ class ResumableSampler(Sampler[int]):
             for index in sampler.batches(32):             # (32,), fewer at the end
                 svi.step(**{k: v[index] for k, v in train.items()})
 
-    Or in a DataLoader, which must have a generator of its own: each ``iter(loader)``
-    would draw once from the global one, also the one that follows a resume::
+    A DataLoader must have a generator of its own. Without one, each ``iter(loader)``
+    draws once from the global generator, and a resume adds such a draw::
 
         DataLoader(train, 32, sampler=sampler, generator=torch.Generator())
 
-    Wrong with ``num_workers`` above 0, where the loader fetches batches that are not
-    trained on yet: before a checkpoint call ``sampler.seek(epoch, examples)`` with what
-    was. Examples that workers augment at random are not reproduced either.
+    Wrong with ``num_workers`` above 0: the loader then fetches batches ahead of
+    training. Before a checkpoint, call ``sampler.seek(epoch, examples)`` with the
+    examples trained on. Examples that workers augment at random are not reproduced.
 
     Args:
         n: The number of examples.
-        seed: Of all epochs together, 0 or more.
+        seed: The seed of all epochs together, 0 or more.
 
     Attributes:
         epoch: Epochs completed.
         position: Examples yielded of the present epoch, below ``n``.
 
     Raises:
-        ValueError: If ``n`` or ``seed`` is no such number.
+        ValueError: If ``n`` is not a whole number above 0, or ``seed`` not one of 0 or
+            more.
     """
 
     def __init__(self, n: int, seed: int = 0) -> None:
@@ -64,7 +66,13 @@ class ResumableSampler(Sampler[int]):
             yield int(index)
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """The indices left of this epoch, ``size`` at a time; fewer in the last batch.
+        """Yield the indices left of this epoch, ``size`` at a time, fewer at the end.
+
+        Args:
+            size: The number of examples B in a batch.
+
+        Returns:
+            An iterator over indices, ``B`` each.
 
         Raises:
             ValueError: If ``size`` is below 1.
@@ -76,19 +84,23 @@ class ResumableSampler(Sampler[int]):
     def seek(self, epoch: int, position: int) -> None:
         """Go on after the first ``position`` examples of an epoch.
 
+        Args:
+            epoch: The number of the epoch, from 0.
+            position: How many of its examples to pass over, at most ``n``.
+
         Raises:
             ValueError: If there is no such place.
         """
         if epoch < 0 or not 0 <= position <= self.n:
             raise ValueError(
-                f"epoch={epoch}, position={position}; expected 0 or more, the position "
-                f"at most n={self.n}"
+                f"epoch={epoch}, position={position}; expected 0 or more, and a "
+                f"position of at most n={self.n}"
             )
         done = position == self.n
         self.epoch, self.position = (epoch + 1, 0) if done else (epoch, position)
 
     def state_dict(self) -> dict[str, int]:
-        """Four numbers: n, seed, epoch, position."""
+        """The four numbers n, seed, epoch and position."""
         return {
             "n": self.n,
             "seed": self.seed,
@@ -100,12 +112,12 @@ class ResumableSampler(Sampler[int]):
         """Raise unless `load_state_dict` takes this state.
 
         Raises:
-            ValueError: If it is of other data or another seed.
+            ValueError: If it belongs to other data or another seed.
         """
         if (state["n"], state["seed"]) != (self.n, self.seed):
             raise ValueError(
                 f"the saved sampler has n={state['n']}, seed={state['seed']} and this "
-                f"one n={self.n}, seed={self.seed}, which is another order; use "
+                f"one n={self.n}, seed={self.seed}, so their orders differ; use "
                 f"ResumableSampler({state['n']}, seed={state['seed']}) on the same data"
             )
 
@@ -113,17 +125,18 @@ class ResumableSampler(Sampler[int]):
         """Go on where `state_dict` was taken; call it before iterating.
 
         Raises:
-            ValueError: If it is of other data or another seed.
+            ValueError: If it belongs to other data or another seed.
         """
         self.check(state)
         self.seek(int(state["epoch"]), int(state["position"]))
 
     def _batches(self, size: int) -> Iterator[Tensor]:
         epoch = self.epoch
-        # NumPy promises that this stream stays what it is, unlike default_rng's.
+        # NumPy promises that RandomState's stream never changes, unlike default_rng's.
         bits = np.random.MT19937(np.random.SeedSequence((self.seed, epoch)))
         order = torch.from_numpy(np.random.RandomState(bits).permutation(self.n))
         for start in range(self.position, self.n, size):
             batch = order[start : start + size]
+            # Before the yield: a checkpoint within the loop's body counts this batch.
             self.seek(epoch, start + len(batch))
             yield batch

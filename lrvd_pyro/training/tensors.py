@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lrvd_pyro._compat.torch import persistent_buffers
+from lrvd_pyro.guides.base import RankGuide
 from lrvd_pyro.inference.param_store import waits_for_first_call
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.rank_space.center import center_at, center_of
@@ -17,19 +18,32 @@ from lrvd_pyro.selection.removal import check_pair, prior_cuts
 from lrvd_pyro.storage.fingerprint import Fingerprint, differences, fingerprint
 from lrvd_pyro.storage.peft_files import plain_name
 
+__all__ = [
+    "Layout",
+    "base_of",
+    "check_base",
+    "check_layout",
+    "layout_of",
+    "ranks_left",
+    "room_for_centers",
+    "some",
+    "stored_tensors",
+]
+
 Layout = dict[str, tuple[str, tuple[int, ...], bool]]  # dtype, shape, whether it trains
 
-AS_THEN = (
+_AS_THEN = (
     "Make net, prior, likelihood, model and guide as for the run that wrote it, before "
     "any pruning, and call resume with them"
 )
 
 
-def stored_tensors(model: RankModel, guide: Any) -> dict[str, Tensor]:
+def stored_tensors(model: RankModel, guide: object) -> dict[str, Tensor]:
     """The tensors of model and guide that training may change, by name.
 
-    Trainable parameters, adapter weights (frozen ones may be random too), everything
-    of prior, likelihood and guide, and persistent buffers.
+    These are trainable parameters, adapter weights, persistent buffers, and everything
+    of prior, likelihood and guide. Frozen adapter weights are among them, since they
+    may be random.
 
     Raises:
         TypeError: If ``guide`` is a function.
@@ -51,6 +65,7 @@ def stored_tensors(model: RankModel, guide: Any) -> dict[str, Tensor]:
             in_base = name.startswith("model.net.") and "lora_" not in name
             if parameter.requires_grad or not in_base:
                 tensors[name] = parameter
+        # Buffers of the base too: running statistics change in every forward pass.
         for name, part in module.named_modules(prefix=root):
             for key, buffer in persistent_buffers(part):
                 tensors[f"{name}.{key}"] = buffer
@@ -59,9 +74,10 @@ def stored_tensors(model: RankModel, guide: Any) -> dict[str, Tensor]:
 
 @contextmanager
 def room_for_centers(model: RankModel, saved: Layout) -> Iterator[None]:
-    """Let gates act about 0, as they do, where a run's acted about a center.
+    """Give gates that act about 0 a center at 0, if those of the saved run had one.
 
-    If the block fails, there is no center again.
+    The center's buffers can then be restored as any tensor. If the block fails, there
+    is no center again.
     """
     had = any(name.endswith(".center") for name in saved)
     if not had or center_of(model.space):
@@ -78,7 +94,13 @@ def room_for_centers(model: RankModel, saved: Layout) -> Iterator[None]:
 def layout_of(
     tensors: Mapping[str, Tensor], cuts: Cuts, freezing: Collection[Tensor] = ()
 ) -> Layout:
-    """Data type, shape after the cuts, and whether it trains then, of each tensor."""
+    """Give the data type of each tensor, its shape after cuts, and whether it trains.
+
+    Args:
+        tensors: The tensors by name.
+        cuts: For some of them the dimension to slice, and the indices that stay.
+        freezing: Tensors that do not train any more after the cuts.
+    """
     layout: Layout = {}
     for name, tensor in tensors.items():
         shape = list(tensor.shape)
@@ -91,7 +113,7 @@ def layout_of(
 
 
 def ranks_left(path: Path, model: RankModel, saved: Mapping[str, Any]) -> Tensor:
-    """Which of the model's rank components a checkpoint has, bool (R,).
+    """Tell which of the model's rank components a checkpoint has, bool (R,).
 
     Raises:
         ValueError: If it has others too.
@@ -106,10 +128,10 @@ def ranks_left(path: Path, model: RankModel, saved: Mapping[str, Any]) -> Tensor
     after = space.after(keep)
     if dict(zip(after.modules, after.ranks)) != there:
         names = [n for n in there | here if here.get(n) != there.get(n)]
-        found = (f"{n} {there.get(n, 0)}, here {here.get(n, 0)}" for n in names)
+        unlike = (f"{n} {there.get(n, 0)}, here {here.get(n, 0)}" for n in names)
         raise ValueError(
             f"{path} has other rank components than this model can be pruned to: "
-            f"{some(found)}. {AS_THEN}"
+            f"{some(unlike)}. {_AS_THEN}"
         )
     return keep
 
@@ -117,47 +139,48 @@ def ranks_left(path: Path, model: RankModel, saved: Mapping[str, Any]) -> Tensor
 def check_layout(
     path: Path,
     model: RankModel,
-    guide: Any,
+    guide: nn.Module,
     keep: Tensor,
     present: Mapping[str, Tensor],
     saved: Layout,
 ) -> dict[str, Tensor]:
-    """The tensors that stay with the rank components ``keep`` (R,), nothing done yet.
+    """Find the tensors that stay with some rank components; nothing is removed yet.
+
+    Args:
+        path: The checkpoint's path, for the message.
+        model: The model.
+        guide: Its guide.
+        keep: Which components stay, bool (R,).
+        present: The tensors of model and guide by name.
+        saved: The layout in the checkpoint.
+
+    Returns:
+        The tensors that stay, by name.
 
     Raises:
-        ValueError: If they will not be those of the checkpoint.
-        TypeError: If ranks are to go and the guide is no `RankDiagonal`.
+        ValueError: If their layout after the removal is not that of the checkpoint.
+        TypeError: If ranks are to be removed and the guide is not a `RankGuide`.
     """
     cuts: Cuts = {}
     leaving: set[Tensor] = set()
     freezing: set[Tensor] = set()
     if not keep.all():
-        space = model.space
-        check_pair(model, guide)
-        cuts = space.cuts(keep) | guide.cuts(keep) | prior_cuts(model, keep)
-        for layer, kept in zip(space.layers, space.split(keep).values()):
-            if kept.any():
-                continue
-            bias: Any = layer.lora_B[space.adapter].bias
-            for side in (layer.lora_A, layer.lora_B):
-                leaving.update(side[space.adapter].parameters())
-                leaving.update(side[space.adapter].buffers())
-            if bias is not None:  # stays as a constant
-                leaving.remove(bias)
-                freezing.add(bias)
+        rank_guide: Any = guide  # check_pair refuses any other kind
+        check_pair(model, rank_guide)
+        cuts, leaving, freezing = _removal(model, rank_guide, keep)
     staying = {name: t for name, t in present.items() if t not in leaving}
     here = layout_of(staying, cuts, freezing)
     if names := [n for n in saved | here if here.get(n) != saved.get(n)]:
-        found = (f"{n} {saved.get(n)}, here {here.get(n)}" for n in names)
+        unlike = (f"{n} {saved.get(n)}, here {here.get(n)}" for n in names)
         raise ValueError(
             f"{path} does not fit this model and guide in (dtype, shape, trains): "
-            f"{some(found)}. {AS_THEN}"
+            f"{some(unlike)}. {_AS_THEN}"
         )
     return staying
 
 
 def base_of(model: RankModel) -> Fingerprint:
-    """What tells the frozen base from another."""
+    """The fingerprint of the frozen base."""
     base = model.base_net.get_base_model()
     named = base.named_parameters()
     return fingerprint(base, {plain_name(n) for n, p in named if p.requires_grad})
@@ -177,6 +200,27 @@ def check_base(path: Path, model: RankModel, saved: Fingerprint) -> None:
 
 
 def some(items: Iterable[str]) -> str:
-    """The first three, and how many more there are."""
+    """Join the first three, and say how many more there are."""
     first, rest = (them := [*items])[:3], len(them) - 3
     return "; ".join(first) + (f"; and {rest} more" if rest > 0 else "")
+
+
+def _removal(
+    model: RankModel, guide: RankGuide, keep: Tensor
+) -> tuple[Cuts, set[Tensor], set[Tensor]]:
+    """What `lrvd_pyro.selection.select` would do: cuts, tensors to leave, to freeze."""
+    space = model.space
+    leaving: set[Tensor] = set()
+    freezing: set[Tensor] = set()
+    cuts = space.cuts(keep) | guide.cuts(keep) | prior_cuts(model, keep)
+    for layer, kept in zip(space.layers, space.split(keep).values()):
+        if kept.any():
+            continue
+        bias: Any = layer.lora_B[space.adapter].bias
+        for side in (layer.lora_A, layer.lora_B):
+            leaving.update(side[space.adapter].parameters())
+            leaving.update(side[space.adapter].buffers())
+        if bias is not None:  # it stays as a constant
+            leaving.remove(bias)
+            freezing.add(bias)
+    return cuts, leaving, freezing

@@ -1,7 +1,7 @@
 """One safetensors file for nested dicts and lists of numbers, texts and tensors.
 
-The tensors are the file's own; everything else is JSON in its header. Nothing is ever
-looked up by name or run, so that such a file can be read from a stranger.
+The tensors are tensors of the file; everything else is JSON in its header. Nothing is
+ever looked up by name or run, so a file from a stranger is safe to read.
 """
 
 import json
@@ -15,12 +15,15 @@ from torch import Tensor
 
 from lrvd_pyro.storage.atomic import sync
 
+__all__ = ["FORMAT", "read", "write"]
+
 FORMAT = "lrvd_pyro checkpoint"
-VERSION = 2
+
+_VERSION = 2
 
 
-def write(path: Path, tree: Any) -> None:
-    """Put a tree into a file, which is there whole or as it was before.
+def write(path: Path, tree: object) -> None:
+    """Write a tree to a file, which is then whole, or after a kill as it was before.
 
     Raises:
         TypeError: If the tree holds anything but dicts, lists, tuples, numbers, texts,
@@ -33,12 +36,13 @@ def write(path: Path, tree: Any) -> None:
             f'checkpoint("{path}/run.safetensors", ...)'
         )
     tensors: dict[str, Tensor] = {}
-    content = json.dumps(pack(tree, tensors))
-    header = {"format": FORMAT, "version": str(VERSION), "content": content}
+    content = json.dumps(_pack(tree, tensors))
+    header = {"format": FORMAT, "version": str(_VERSION), "content": content}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
         save_file(tensors, partial, metadata=header)
+        # The data reach the disk before the name changes hands, and the name after it.
         sync(partial)
         os.replace(partial, path)
         sync(path.parent)
@@ -47,11 +51,11 @@ def write(path: Path, tree: Any) -> None:
 
 
 def read(path: Path) -> tuple[Any, int]:
-    """The tree in a file, its tensors on the CPU, and the version of its format.
+    """Read the tree in a file, with tensors on the CPU, and the format's version.
 
     Raises:
         FileNotFoundError: If there is no file.
-        ValueError: If it is damaged, something else, or of a newer format.
+        ValueError: If it is damaged, is something else, or has a newer format.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -62,34 +66,37 @@ def read(path: Path) -> tuple[Any, int]:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             _check_format(path, header)
+            # Safetensors may map the file into memory; a clone is independent of it.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-        return unpack(json.loads(header["content"]), tensors), int(header["version"])
+        return _unpack(json.loads(header["content"]), tensors), int(header["version"])
     except (SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise ValueError(
             f"{path} is damaged: {error}; expected the whole file that checkpoint(path,"
-            f" ...) wrote. Copy it anew, or resume an earlier one"
+            f" ...) wrote. Copy it again, or resume an earlier one"
         ) from error
 
 
-def pack(tree: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
-    """A tree as JSON; its tensors are added to ``tensors`` under their paths in it.
+def _pack(tree: object, tensors: dict[str, Tensor], path: str = "") -> Any:
+    """Give a tree as JSON, and add its tensors to ``tensors`` under their paths.
 
     Raises:
-        TypeError: With the path of what fits into no such tree.
+        TypeError: With the path of an element of another type.
     """
     if tree is None or isinstance(tree, bool | int | float | str):
         return tree
     if isinstance(tree, Tensor):
+        # Two paths may be equal as texts, of the keys 2 and "2".
         name = path if path not in tensors else f"{path}#{len(tensors)}"
         tensors[name] = tree.detach().cpu().clone().contiguous()
         return {"tensor": name}
     if isinstance(tree, dict):
+        # As pairs: JSON turns every key into a text, and optimizers have numbers.
         items = [(k, f"{path}/{k}" if path else str(k), v) for k, v in tree.items()]
         return {
-            "dict": [[pack(k, tensors), pack(v, tensors, at)] for k, at, v in items]
+            "dict": [[_pack(k, tensors), _pack(v, tensors, at)] for k, at, v in items]
         }
     if isinstance(tree, list | tuple):
-        items = [pack(v, tensors, f"{path}/{i}") for i, v in enumerate(tree)]
+        items = [_pack(v, tensors, f"{path}/{i}") for i, v in enumerate(tree)]
         return {"tuple": items} if isinstance(tree, tuple) else items
     raise TypeError(
         f"{path} is a {type(tree).__name__}; a checkpoint holds dicts, lists and "
@@ -97,18 +104,18 @@ def pack(tree: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     )
 
 
-def unpack(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """What `pack` was given; dicts, lists and tuples of other kinds as plain ones."""
+def _unpack(tree: object, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of `_pack`; subclasses of dict, list and tuple come back as plain."""
     if isinstance(tree, list):
-        return [unpack(element, tensors) for element in tree]
+        return [_unpack(element, tensors) for element in tree]
     if not isinstance(tree, dict):
         return tree
     ((kind, content),) = tree.items()
     if kind == "tensor":
         return tensors[content]
     if kind == "tuple":
-        return tuple(unpack(element, tensors) for element in content)
-    return {unpack(k, tensors): unpack(v, tensors) for k, v in content}
+        return tuple(_unpack(element, tensors) for element in content)
+    return {_unpack(k, tensors): _unpack(v, tensors) for k, v in content}
 
 
 def _check_format(path: Path, header: dict[str, str]) -> None:
@@ -117,8 +124,8 @@ def _check_format(path: Path, header: dict[str, str]) -> None:
             f"{path} is another safetensors file; expected one that checkpoint(path, "
             f"...) wrote"
         )
-    if int(header["version"]) > VERSION:
+    if int(header["version"]) > _VERSION:
         raise ValueError(
-            f"{path} is of format version {header['version']}; this lrvd_pyro reads up "
-            f"to {VERSION}: pip install -U lrvd_pyro"
+            f"{path} has format version {header['version']}; this lrvd_pyro reads up "
+            f"to {_VERSION}: pip install -U lrvd_pyro"
         )

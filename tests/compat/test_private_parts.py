@@ -1,4 +1,4 @@
-"""Private parts of others that the library reads are there, and mean the same."""
+"""The private parts of other libraries exist, and mean what `_compat` says."""
 
 import copy
 from pathlib import Path
@@ -86,21 +86,23 @@ def test_transformers_blocks_recompute_by_a_function() -> None:
     net: Any = bert().base_model.model
     net.train()
     blocks = transformers.checkpointing_blocks(net)
-    assert blocks and all(transformers.checkpoint_function(b) is None for b in blocks)
+    assert blocks and all(
+        transformers.checkpointing_function(b) is None for b in blocks
+    )
     net.gradient_checkpointing_enable(
         gradient_checkpointing_kwargs={"use_reentrant": False}
     )
-    live = [b for b in blocks if transformers.checkpoint_function(b)]
+    live = [b for b in blocks if transformers.checkpointing_function(b)]
     assert live, "_gradient_checkpointing_func has changed"
     calls = []
     for block in live:
-        function: Any = transformers.checkpoint_function(block)
+        function: Any = transformers.checkpointing_function(block)
 
         def counted(*args: Any, function: Any = function, **kwargs: Any) -> Any:
             calls.append(function)
             return function(*args, **kwargs)
 
-        transformers.set_checkpoint_function(block, counted)
+        transformers.set_checkpointing_function(block, counted)
     net(**tokens()).loss.backward()
     assert calls, "gradient checkpointing no longer calls _gradient_checkpointing_func"
 

@@ -172,7 +172,7 @@ def test_what_has_no_log_likelihood_is_refused() -> None:
     with pytest.raises(ValueError, match=r"num_samples=0; expected at least one"):
         to_arviz(model, guide, [tokens()], 0)
     for batches in ([tokens(labels=False)], [tokens(), tokens(labels=False)]):
-        with pytest.raises(ValueError, match=r"has no labels, of which the log like"):
+        with pytest.raises(ValueError, match=r"has no labels, and the log like"):
             to_arviz(model, guide, batches, 2)
 
 

@@ -205,7 +205,7 @@ def test_chunks_do_not_change_the_report(monkeypatch: pytest.MonkeyPatch) -> Non
     p = predicted(60)
     y = drawn(p)
     whole = calibration_report(p, y, num_bootstrap=50)
-    monkeypatch.setattr("lrvd_pyro.diagnostics.calibration.CHUNK", 60 * 7)
+    monkeypatch.setattr("lrvd_pyro.diagnostics.calibration._CHUNK", 60 * 7)
     parts = calibration_report(p, y, num_bootstrap=50)
     assert parts.nll == pytest.approx(whole.nll)
     assert parts.aurc == pytest.approx(whole.aurc)

@@ -32,7 +32,7 @@ def closed() -> Iterator[None]:
 
 
 def history(steps: list[int] = STEPS, prune: bool = False) -> RankHistory:
-    """Log alpha drawn anew at each step; one module loses two components."""
+    """A new log alpha at each step; with ``prune`` a module loses two components."""
     model = GateLoRA(bert(), num_data=60)
     guide = RankDiagonal(model)
     record = RankHistory(guide)

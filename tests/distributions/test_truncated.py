@@ -1,4 +1,4 @@
-"""The truncated gates: density, moments, quantiles and their gradients."""
+"""The truncated gates: density, mean, variance, quantiles and their gradients."""
 
 import math
 from itertools import pairwise
@@ -17,7 +17,7 @@ from lrvd_pyro.distributions import TruncatedLogNormal, TruncatedLogUniform
 
 FAILURE_RATE = 2e-5
 
-# loc, scale, low, high; from the sixth on the interval lies in a tail
+# loc, scale, low, high; in the last four the interval lies in a tail
 NORMALS = [
     (0.0, 1.0, -1.0, 2.0),
     (-3.0, 0.01, -20.0, 0.0),
@@ -41,14 +41,14 @@ def gate(request: pytest.FixtureRequest) -> Gate:
 
 @pytest.fixture(autouse=True)
 def exact_tail(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pyro's own chi2sf rises again to 1 where the statistic is above about 100."""
+    """Replace Pyro's chi2sf, which rises again to 1 for statistics above about 100."""
     monkeypatch.setattr(gof, "chi2sf", chi2.sf)
 
 
 def expectation(
     gate: Gate, power: int, center: float = 0, unit: float = 1, top: float = 1
 ) -> float:
-    """Of ``((z - center) / unit)^power`` up to the ``top`` quantile, by quadrature."""
+    """``E ((z - center) / unit)^power`` up to the ``top`` quantile, by quadrature."""
 
     def integrand(x: float) -> float:
         z = torch.tensor(x).exp().clamp(gate.low.exp(), gate.high.exp())
@@ -62,7 +62,7 @@ def expectation(
     return sum(
         quad(integrand, a, b, epsabs=1e-10, epsrel=1e-8)[0]
         for a, b in pairwise(ends)
-        if b - a > 1e-12  # else too few floats lie in between
+        if b - a > 1e-12  # between closer ends lie too few floats
     )
 
 
@@ -81,7 +81,7 @@ def test_mean_and_variance_equal_quadrature(gate: Gate) -> None:
     assert expectation(gate, 2, mean, sd) == pytest.approx(1, abs=1e-4)
 
 
-def test_samples_have_the_moments(gate: Gate) -> None:
+def test_samples_have_the_mean(gate: Gate) -> None:
     draws = gate.sample((100_000,))
     error = draws.std() / len(draws) ** 0.5
     assert (draws.mean() - gate.mean).abs() < 5 * error

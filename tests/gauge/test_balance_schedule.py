@@ -44,8 +44,8 @@ def test_training_gathers_what_the_one_pass_gathers() -> None:
     balance(twin, one_pass)
     svi.step(**batches[0])
     schedule.step()  # balances, the first batch counted twice
-    moments = gramians(model, batches, labels="observed")
-    for gram in moments.gradients.values():
+    grams = gramians(model, batches, labels="observed")
+    for gram in grams.gradients.values():
         rest = gram - gram.diagonal().diag()
         assert rest.abs().max() < 0.5 * gram.diagonal().max()
 
@@ -94,8 +94,8 @@ def test_training_goes_on_through_balancing(driver: str) -> None:
         losses.append(step())
         schedule.step()
     assert sum(losses[-10:]) < sum(losses[:10]) - 50
-    moments = gramians(model, [batch], labels="observed")
-    for gram in moments.activations.values():
+    grams = gramians(model, [batch], labels="observed")
+    for gram in grams.activations.values():
         rest = gram - gram.diagonal().diag()
         assert rest.abs().max() < gram.diagonal().max()
 
@@ -238,7 +238,7 @@ def test_closing_leaves_no_hook() -> None:
 
 def test_what_cannot_be_balanced_in_training_is_refused() -> None:
     factor = FactorLoRA(perceptron(), num_data=3)
-    with pytest.raises(TypeError, match="the gauge is free for gates of mean 1 alone"):
+    with pytest.raises(TypeError, match="the gauge is free only for gates of mean 1"):
         BalanceSchedule(factor, rank_guide(factor), None)  # type: ignore[arg-type]
     model = GateLoRA(perceptron(), num_data=3)
     with pytest.raises(TypeError, match="learn_mean=True"):

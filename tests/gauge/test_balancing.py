@@ -61,7 +61,7 @@ class Last(torch.nn.Module):
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_both_moments_become_one_diagonal(name: str) -> None:
+def test_both_second_moments_become_one_diagonal(name: str) -> None:
     torch.manual_seed(1)
     net, batch = NETS[name]()
     before = found(net, [batch])
@@ -90,7 +90,7 @@ def test_the_function_stays_what_it_was(name: str, single: None) -> None:
     assert all((a != b).any() for a, (b, _) in zip(old, weights(net)))
 
 
-def test_activations_scores_and_fisher_are_those_of_autograd() -> None:
+def test_activations_gradients_and_fisher_are_those_of_autograd() -> None:
     torch.manual_seed(0)
     net = regression(features=5, r=3)
     x, y = torch.randn(40, 5), torch.randn(40)
@@ -142,12 +142,12 @@ def test_subsets_give_the_fisher_averaged_over_all_subsets_and_ones_do_not() -> 
 
 
 def test_labels_of_a_regression_are_sampled_without_a_gradient() -> None:
-    """Through a reparameterized label the score would be 0."""
+    """Through a reparameterized label the gradient would be 0."""
     model = GateLoRA(regression(), num_data=50, likelihood=likelihoods.Normal())
     assert (gramians(model, [rows(50, 5)]).gate_fisher > 0).all()
 
 
-def test_padding_leaves_both_moments() -> None:
+def test_padding_enters_neither_second_moment() -> None:
     torch.manual_seed(0)
     net = bert()
     short = tokens(6, length=4)

@@ -95,20 +95,20 @@ def test_what_is_left_behind_does_not_train_and_costs_no_backward_pass() -> None
 
 
 def test_inputs_that_never_change_have_no_covariance() -> None:
-    """Rounding beside the mean is no direction: the module stays as it is."""
+    """Rounding beside the mean is not a direction: the module stays as it is."""
     torch.manual_seed(5)
     net = perceptron()
-    moments = found(net, [{"x": torch.randn(1, 5).expand(5, 5)}])
+    grams = found(net, [{"x": torch.randn(1, 5).expand(5, 5)}])
     before = [a.clone() for a, _ in weights(net)]
-    assert balance(net, moments.centered()) == {}
+    assert balance(net, grams.centered()) == {}
     assert all(torch.equal(a, b) for a, (b, _) in zip(before, weights(net)))
-    assert len(balance(net, moments)) == 2
+    assert len(balance(net, grams)) == 2
 
 
 def test_means_are_those_of_tokens_that_matter() -> None:
     net, batch = bert(), tokens(6)
     batch["attention_mask"][:3, 3:] = 0
-    moments = found(net, [batch])
+    grams = found(net, [batch])
     hidden: list[Tensor] = []
     layer = net.get_base_model().bert.encoder.layer[0].attention.self.query
     layer.lora_A["default"].register_forward_hook(lambda m, a, h: hidden.append(h))
@@ -116,10 +116,10 @@ def test_means_are_those_of_tokens_that_matter() -> None:
         net(**batch)
     name = "bert.encoder.layer.0.attention.self.query"
     seen = hidden[0][batch["attention_mask"].bool()]
-    exactly(moments.means[name], seen.mean(0))
+    exactly(grams.means[name], seen.mean(0))
     covariance = seen.T.cov(correction=0)
-    exactly(moments.centered().activations[name], covariance)
-    assert (moments.means[name] - hidden[0].mean((0, 1))).abs().max() > 1e-3
+    exactly(grams.centered().activations[name], covariance)
+    assert (grams.means[name] - hidden[0].mean((0, 1))).abs().max() > 1e-3
 
 
 def test_centered_hankel_values_are_the_same_from_any_gauge() -> None:
@@ -136,9 +136,9 @@ def test_balancing_takes_the_center_along() -> None:
     """The means of the new components, as if they had been taken again."""
     net, batch = bert(), tokens(12)
     model = GateLoRA(net, num_data=60)
-    moments = found(net, [batch])
-    center(model, moments)
-    balance(net, moments.centered())
+    grams = found(net, [batch])
+    center(model, grams)
+    balance(net, grams.centered())
     expected = torch.cat([*found(net, [batch]).means.values()])
     torch.testing.assert_close(where(model), expected, rtol=1e-8, atol=1e-8)
 
@@ -157,14 +157,14 @@ def test_k_components_about_the_mean_are_the_best_affine_update_of_rank_k(
     update = weights(net)[0][1] @ weights(net)[0][0]
     target = (x @ update.T).detach()
     values = torch.linalg.svdvals(target - target.mean(0))
-    moments = found(net, [{"x": x}])
-    for name in moments.gradients:  # the exact one: all outputs weigh the same
+    grams = found(net, [{"x": x}])
+    for name in grams.gradients:  # the exact one: all outputs weigh the same
         b = weights(net)[0][1]
-        moments.gradients[name] = b.T @ b
+        grams.gradients[name] = b.T @ b
     if about_the_mean:
-        center(model, moments)
-        moments = moments.centered()
-    balance(net, moments)
+        center(model, grams)
+        grams = grams.centered()
+    balance(net, grams)
     full = outputs(model, model.space.ones(), {"x": x})
     for k in (1, 2):
         gate = (torch.arange(3) < k).to(x)
@@ -181,18 +181,18 @@ def test_rebalancing_in_training_goes_by_covariances_about_a_center() -> None:
     svi.step(**batch)
     schedule.step()
     svi.step(**batch)
-    moments, point = schedule.found(), where(model)
+    grams, point = schedule.found(), where(model)
     saved = schedule.state_dict()
     schedule.load_state_dict(saved)
     for name, mean in schedule.found().means.items():
-        assert torch.equal(mean, moments.means[name])
+        assert torch.equal(mean, grams.means[name])
     parts = model.space.split(point)
     changes = schedule.step()
     assert changes
     moved = model.space.split(where(model))
     for name, change in changes.items():
         exactly(moved[name], change.forward @ parts[name])
-        about = moments.centered(parts).activations[name]
+        about = grams.centered(parts).activations[name]
         gram = change.forward @ about @ change.forward.T
         sizes = gram.diagonal().sqrt()
         assert (gram / torch.outer(sizes, sizes) - torch.eye(4)).abs().max() < 1e-6
@@ -208,7 +208,9 @@ def test_a_center_that_does_not_fit_is_refused() -> None:
         center_at(lrvd.RankSpace(perceptron().half()), torch.full((8,), 1e6))
     dora = lrvd.RankSpace(bert(use_dora=True))
     drawn = FactorLoRA(bert(), num_data=10)
-    with pytest.raises(TypeError, match="FactorLoRA; gates are what acts about"):
+    with pytest.raises(
+        TypeError, match="FactorLoRA; a center is defined only for gates"
+    ):
         center(drawn, None)  # type: ignore[arg-type]
     for other in (dora, drawn.space, lrvd.RankSpace(nets.grouped())):
         with pytest.raises(TypeError, match="a center needs a gate for each column"):
@@ -216,20 +218,20 @@ def test_a_center_that_does_not_fit_is_refused() -> None:
     model, net = GateLoRA(perceptron(), num_data=10), perceptron(r=2)
     with pytest.raises(ValueError, match="other LoRA modules or ranks"):
         center(model, found(net, [rows(4, 5)]))
-    moments = found(model.base_net, [rows(4, 5)])
+    grams = found(model.base_net, [rows(4, 5)])
     with pytest.raises(ValueError, match="no means, or are centered already; take"):
-        center(model, Gramians(moments.activations, moments.gradients))
+        center(model, Gramians(grams.activations, grams.gradients))
     with pytest.raises(ValueError, match="no means, or are centered already; take"):
-        moments.centered().centered()
-    assert not len(moments.centered().gate_fisher)
+        grams.centered().centered()
+    assert not len(grams.centered().gate_fisher)
 
 
 def test_a_center_that_overflows_leaves_the_adapter_as_it_was() -> None:
     net = perceptron()
-    moments = found(net, [rows(9, 5)])
+    grams = found(net, [rows(9, 5)])
     center_at(lrvd.RankSpace(net.half()), torch.full((8,), 6e4))
     before = [w.clone() for pair in weights(net) for w in pair]
     with pytest.raises(ValueError, match="finite in torch.float16"):
-        balance(net, moments.centered())
+        balance(net, grams.centered())
     after = [w for pair in weights(net) for w in pair]
     assert all(torch.equal(a, b) for a, b in zip(before, after))

@@ -1,11 +1,12 @@
 """Which gauge of A and B a posterior over rank components prefers, and which none.
 
-A linear teacher ``y = B A x + noise`` with A and B known and fixed: every objective is
-then quadratic in the gates, and its optimum known. Rotating the factors, A -> Q A and
-B -> B Q^T, leaves the function; K = B^T B = N^-1 A X^T X A^T is diagonal in the gauge
-of the whitened update's singular vectors, and the gates' Gram matrix is N K * K / sd^2,
-elementwise. By Hadamard's inequality ``prod K_ii >= det K``, and by Oppenheim's ``det(K
-* K) >= (det K)^2``: diagonal and full covariances of the gates both want K diagonal.
+A linear teacher ``y = B A x + noise`` has A and B known and fixed. Every objective is
+then quadratic in the gates, and its optimum is known. Rotating the factors, A -> Q A
+and B -> B Q^T, leaves the function. In the gauge of the whitened update's singular
+vectors, K = B^T B = N^-1 A X^T X A^T is diagonal. The gates' Gram matrix is
+N K * K / sd^2, elementwise. By Hadamard's inequality ``prod K_ii >= det K``, and by
+Oppenheim's ``det(K * K) >= (det K)^2``. So diagonal and full covariances of the gates
+both want K diagonal.
 """
 
 import math
@@ -115,8 +116,9 @@ def negative_log_evidence(precision: Tensor, slope: Tensor) -> Tensor:
 def full_gates(factors: Factors) -> Tensor:
     """The optimum over Gaussians of any mean and covariance of the gates.
 
-    In expectation over the noise of the labels, which free means would fit in part: the
-    gauge that suits one draw of it best lies elsewhere, however many data there are.
+    The optimum is in expectation over the noise of the labels, which free means would
+    fit in part. The gauge that suits one draw of it best lies elsewhere, however many
+    data there are.
     """
     precision = gram(factors)
     posterior, truth = torch.eye(R) + precision, torch.ones(R)

@@ -17,10 +17,10 @@ from lrvd_pyro.models import FactorLoRA, GateLoRA
 def test_an_adapter_out_of_work_is_refused_and_untouched(name: str) -> None:
     torch.manual_seed(0)
     net, batch = perceptron(), rows(20, 5)
-    moments = found(net, [batch])
+    grams = found(net, [batch])
     old = [(a.detach().clone(), b.detach().clone()) for a, b in weights(net)]
     net.merge_adapter() if name == "merged" else net.base_model.disable_adapter_layers()
-    for refused in (lambda: balance(net, moments), lambda: found(net, [batch])):
+    for refused in (lambda: balance(net, grams), lambda: found(net, [batch])):
         with pytest.raises(RuntimeError, match=f"is {name}"):
             refused()
     for (a, b), (c, d) in zip(old, weights(net)):
@@ -47,10 +47,10 @@ def test_what_gramians_cannot_use_is_refused_by_name() -> None:
         gramians(GateLoRA(perceptron(use_dora=True), num_data=3), [batch])
 
 
-def test_a_fisher_over_subsets_is_no_moment_to_balance_by() -> None:
+def test_a_fisher_over_subsets_has_no_second_moments_to_balance_by() -> None:
     net, batch = perceptron(), rows(20, 5)
     some = gramians(GateLoRA(net, num_data=20), [batch], gates="subsets")
-    with pytest.raises(ValueError, match="no moments to balance by"):
+    with pytest.raises(ValueError, match="no second moments to balance by"):
         balance(net, some)
 
 
@@ -65,7 +65,7 @@ class Rooted(torch.nn.Module):
         return self.hidden(x).square().sqrt()
 
 
-def test_scores_that_are_not_finite_are_refused() -> None:
+def test_gradients_that_are_not_finite_are_refused() -> None:
     torch.manual_seed(0)
     model = GateLoRA(lora(Rooted(), target_modules=["hidden"]), num_data=20)
     with pytest.raises(ValueError, match="gradients are not finite in LoRA module"):
@@ -84,12 +84,12 @@ def test_a_likelihood_that_cannot_sample_is_refused() -> None:
         gramians(model, [rows(20, 5)])
 
 
-def test_moments_of_another_network_are_refused() -> None:
-    moments = found(perceptron(r=2), [rows(20, 5)])
+def test_second_moments_of_another_network_are_refused() -> None:
+    grams = found(perceptron(r=2), [rows(20, 5)])
     net = perceptron()
     old = [a.detach().clone() for a, _ in weights(net)]
     with pytest.raises(ValueError, match="other LoRA modules or ranks"):
-        balance(net, moments)
+        balance(net, grams)
     with pytest.raises(ValueError, match="lengths='free'; expected"):
         balance(net, found(net, [rows(9, 5)]), lengths="free")  # type: ignore[arg-type]
     assert all(torch.equal(a, b) for a, (b, _) in zip(old, weights(net)))
@@ -98,16 +98,16 @@ def test_moments_of_another_network_are_refused() -> None:
 @pytest.mark.filterwarnings(GROUPED)
 def test_a_grouped_convolution_is_refused() -> None:
     net = grouped()
-    moments = found(net, [{"x": torch.randn(6, 4, 8, 8)}])
+    grams = found(net, [{"x": torch.randn(6, 4, 8, 8)}])
     with pytest.raises(TypeError, match="grouped convolution"):
-        balance(net, moments)
+        balance(net, grams)
 
 
 def test_an_optimizer_of_unknown_moments_is_refused_before_anything_changes() -> None:
     net, batch = perceptron(), rows(30, 5)
     optim = torch.optim.Adagrad([w for pair in weights(net) for w in pair])
     old = [a.detach().clone() for a, _ in weights(net)]
-    with pytest.raises(TypeError, match="nothing says how it changes"):
+    with pytest.raises(TypeError, match="whose change with the basis is not known"):
         balance(net, found(net, [batch]), optim)
     assert all(torch.equal(a, b) for a, (b, _) in zip(old, weights(net)))
 

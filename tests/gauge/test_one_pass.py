@@ -118,13 +118,13 @@ def test_a_lora_from_disk_becomes_a_posterior(tmp_path: Path) -> None:
     with lrvd.posterior_mean(model, guide) as mean:
         torch.testing.assert_close(mean(**batch).logits, before, rtol=0, atol=1e-5)
     same = seeded()
-    moments, second = (gramians(model, [batch], generator=same) for _ in range(2))
+    grams, second = (gramians(model, [batch], generator=same) for _ in range(2))
     expected = optimal_alpha(second.gate_fisher, priors.LogUniform())
     log_alpha = expected.log().clamp(max=8)
     torch.testing.assert_close(guide.log_alpha, log_alpha, rtol=1e-2, atol=1e-2)
-    for name, t in hankel_values(moments).items():
+    for name, t in hankel_values(grams).items():
         alive = t > 1e-2 * t[0]
-        both = moments.gradients[name], moments.activations[name]
+        both = grams.gradients[name], grams.activations[name]
         own = (both[0].diagonal() * both[1].diagonal()).sqrt()
         torch.testing.assert_close(own[alive], t[alive], rtol=1e-3, atol=0)
 
@@ -185,7 +185,7 @@ def test_without_balancing_the_weights_stay() -> None:
 def test_batches_that_end_and_priors_without_closed_form_change_nothing() -> None:
     net, batch = trained_bert()
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    with pytest.raises(TypeError, match="gone through only once"):
+    with pytest.raises(TypeError, match="can be read only once"):
         bayesianize(net, iter([batch]), likelihood=Categorical())
     with pytest.raises(TypeError, match="batches is one batch; expected several"):
         bayesianize(net, batch, likelihood=Categorical())

@@ -63,7 +63,7 @@ def test_log_alpha_of_a_learned_mean_is_relative_to_it() -> None:
     torch.testing.assert_close(guide.log_alpha, torch.full((16,), -4.0 - math.log(4)))
 
 
-def test_a_bound_is_a_wall_and_no_trap() -> None:
+def test_a_bound_is_a_wall_and_not_a_trap() -> None:
     guide = RankDiagonal(GateLoRA(bert(), num_data=60))
     low, high = -10.0, 8.0
     with torch.no_grad():

@@ -91,7 +91,7 @@ def test_it_is_saved_exported_and_loaded(tmp_path: Path) -> None:
 
 def test_what_has_no_closed_form_is_named() -> None:
     model, guide = pair()
-    with pytest.raises(TypeError, match="is a Uniform, of whose noise no closed form"):
+    with pytest.raises(TypeError, match="is a Uniform, whose noise has no closed form"):
         removal_cost(model, guide)
     with pytest.raises(TypeError, match="guide is a Uniform .*RankDiagonal"):
         lrvd.gauge.BalanceSchedule(model, guide, lrvd.optim.AdamW())  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Moments, weights and changes of basis for the tests of the gauge."""
+"""Second moments, weights and changes of basis for the tests of the gauge."""
 
 from typing import Any
 

@@ -82,7 +82,7 @@ def test_noise_switched_off_is_said_at_the_first_step() -> None:
     elbo = lrvd.RankELBO(noise="batch")
     with pytest.warns(UserWarning, match="log_scale.*the noise is off"):
         elbo.differentiable_loss(flat_model, Noisy(False), x=FEATURES, labels=LABELS)
-    # the twin: with noise on there is no warning (warnings are errors here)
+    # the twin: with noise on nothing is warned of (warnings are errors here)
     pyro.clear_param_store()
     elbo = lrvd.RankELBO(noise="batch")
     elbo.differentiable_loss(flat_model, Noisy(True), x=FEATURES, labels=LABELS)
@@ -99,7 +99,7 @@ def test_nan_is_named_with_step_and_term_and_nothing_is_lost() -> None:
     bad = {**batch, "inputs_embeds": torch.full((6, 5, 16), math.nan)}
     del bad["input_ids"]
     with pytest.raises(
-        ValueError, match=r"log_likelihood is nan at step 1; the parameters are"
+        ValueError, match=r"log_likelihood is nan at step 1. The parameters are"
     ):
         svi.step(**bad)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
@@ -227,7 +227,7 @@ def test_setting_up_a_guide_moves_no_random_state() -> None:
 
 
 class Recorded(dist.Normal):
-    """A Normal that notes the batch shapes whose KL is asked for."""
+    """A Normal that records the batch shapes whose KL is computed."""
 
     asked: list[torch.Size] = []
 

@@ -54,7 +54,7 @@ def conjugate(
 
 
 def errors(draws: Tensor, mean: Tensor, sd: Tensor) -> Tensor:
-    """Of mean and standard deviation, in Monte Carlo standard errors of each."""
+    """Errors of mean and standard deviation, in Monte Carlo standard errors."""
     off, square = draws - mean, (draws - mean).square()
     z = []
     for values, truth in [(off, torch.zeros(R)), (square, sd**2)]:
@@ -195,7 +195,7 @@ def test_laplace_is_exact_on_the_linear_gaussian_model() -> None:
 
 
 def brute_force(model: GateLoRA, gate: Tensor, x: Tensor) -> Tensor:
-    """``sum_i sum_y p(y) s s^T``, s by autograd, one example and label at a time."""
+    """``sum_i sum_y p(y) g g^T``, g by autograd, one example and label at a time."""
     total = torch.zeros(len(gate), len(gate))
     for row in x:
 
@@ -203,12 +203,12 @@ def brute_force(model: GateLoRA, gate: Tensor, x: Tensor) -> Tensor:
             with model.bind(z):
                 return model.predictions(x=row[None]).log_softmax(-1)[0]
 
-        scores = torch.autograd.functional.jacobian(log_probs, gate)
-        total += scores.T @ (log_probs(gate).exp()[:, None] * scores).detach()
+        gradients = torch.autograd.functional.jacobian(log_probs, gate)
+        total += gradients.T @ (log_probs(gate).exp()[:, None] * gradients).detach()
     return total
 
 
-def test_gate_fisher_is_the_expected_square_of_the_score() -> None:
+def test_gate_fisher_is_the_expected_square_of_the_gradient() -> None:
     model = GateLoRA(frozen(perceptron()), num_data=9)
     gate, x = torch.randn(model.space.size), torch.randn(9, 5)
     batches = [{"x": x[:4], "labels": torch.zeros(4).long()}, {"x": x[4:]}]

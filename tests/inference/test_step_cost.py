@@ -80,7 +80,7 @@ def horseshoe(net: PeftModel) -> GateLoRA:
 
 
 FAMILIES = pytest.mark.parametrize("family", [gate, factor, horseshoe])
-# Operations beyond LoRA's by SVI: of each module, and of the step apart from them.
+# Operations that SVI adds to LoRA: for each module, and once for the step.
 LIMITS = {gate: (8, 210), factor: (19, 230), horseshoe: (26, 700)}
 
 
@@ -115,7 +115,7 @@ def svi_step(model: Any, batch: dict[str, Tensor]) -> Step:
 
 
 def operations(step: Step) -> Counter[str]:
-    """Of one step after the first, Pyro's validation off."""
+    """The operations of one step after the first, Pyro's validation off."""
     with pyro.validation_enabled(False):
         step()
         with Operations() as seen:
@@ -124,7 +124,7 @@ def operations(step: Step) -> Counter[str]:
 
 
 def readings(step: Step) -> int:
-    """How often a step waits for the device to hand over a value."""
+    """How often a step waits for a value from the device."""
     copies: Counter[str] = Counter()
 
     def counted(name: str, copy: Callable[..., Any]) -> Callable[..., Any]:
@@ -148,7 +148,7 @@ def readings(step: Step) -> int:
 def test_the_torch_driver_never_waits_for_the_device_and_svi_once(
     family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # On the CPU it looks at the labels all the same.
+    # On the CPU, Categorical reads the labels whatever the validation.
     monkeypatch.setattr(Categorical, "_check", lambda *args: None)
     batch = nets.tokens()
     plain = readings(lora_step(net_of(1), batch))
@@ -188,7 +188,7 @@ def test_sites_do_not_grow_with_the_modules(family: Family) -> None:
 
 
 def extra(family: Family, layers: int, driver: Any) -> int:
-    """Operations of a step beyond LoRA's."""
+    """The operations that a step adds to LoRA's."""
     batch = nets.tokens()
     plain = operations(lora_step(net_of(layers), batch)).total()
     return operations(driver(family(net_of(layers)), batch)).total() - plain

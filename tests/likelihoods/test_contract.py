@@ -1,4 +1,4 @@
-"""What a likelihood of one's own needs, and what is said where it lacks something."""
+"""A user's likelihood trains with three methods; a missing one is named."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from lrvd_pyro.models import FactorLoRA, GateLoRA
 
 
 class Poisson:
-    """Counts; the three methods and nothing else."""
+    """A likelihood of counts: the three methods and nothing else."""
 
     def __call__(
         self, predictions: Tensor, labels: Tensor | None, num_data: int
@@ -44,7 +44,7 @@ def counts() -> tuple[GateLoRA, RankDiagonal, dict[str, Tensor]]:
 
 
 class Mean:
-    """The perceptron with one output of its three."""
+    """The perceptron, reduced to the first of its three outputs."""
 
     def __init__(self, net: Any) -> None:
         base = net.base_model.model

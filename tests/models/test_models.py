@@ -139,7 +139,7 @@ def test_svi_recovers_the_conjugate_posterior() -> None:
 
 
 def test_a_scale_is_vacuous_without_a_weight_prior() -> None:
-    """Gates times s and B over s give the same likelihood: only a prior on B sees s."""
+    """Gates times s and B over s give one likelihood: only a prior on B tells them."""
     net = regression()
     model = GateLoRA(net, num_data=10)
     x, s = torch.randn(4, 5), 3.0
@@ -168,7 +168,7 @@ def test_product_priors_still_show_a_gate() -> None:
     )
 
 
-def test_a_site_called_weight_prior_is_no_weight_prior() -> None:
+def test_a_name_alone_does_not_make_a_weight_prior() -> None:
     def guide(**batch: Any) -> None:
         pass
 

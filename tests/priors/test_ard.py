@@ -104,7 +104,7 @@ def test_ards_variances_train_to_their_optimum(driver: str) -> None:
     for _ in range(300):
         step()
     best = torch.log1p(guide.log_alpha.exp())
-    assert best.max() > 0.1  # so that its start at 0 is none
+    assert best.max() > 0.1  # the start, 0, is not the optimum
     torch.testing.assert_close(model.prior.log_gamma.detach(), best, rtol=0, atol=0.01)
 
 

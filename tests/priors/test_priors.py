@@ -285,7 +285,7 @@ def without_a_vector(space: Any) -> Tensor:
         (lambda space: vector(space, "m", 2, 3)[..., 0, :], "'m' has 2 event dim"),
     ],
 )
-def test_a_prior_that_is_no_gate_of_vectors_shows_the_contract(
+def test_a_prior_that_is_not_a_gate_of_vectors_shows_the_contract(
     prior: Any, problem: str
 ) -> None:
     with pytest.raises(ValueError, match=problem) as error:

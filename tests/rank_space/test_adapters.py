@@ -1,4 +1,4 @@
-"""What PEFT may do to an adapter after RankSpace has found it."""
+"""PEFT disables, merges, replaces or deletes an adapter after RankSpace found it."""
 
 import nets
 import torch

@@ -1,4 +1,4 @@
-"""Draws bound one within another, or on one network by several spaces."""
+"""Draws bound within each other, and by several spaces on one network."""
 
 from typing import Any
 

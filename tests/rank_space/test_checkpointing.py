@@ -23,7 +23,7 @@ close = torch.testing.assert_close
 AB: tuple[Any, ...] = ("lora_A", "lora_B")
 
 renamed_in_transformers = pytest.mark.filterwarnings(
-    # Transformers 5: it now says activation_checkpointing_enable
+    # Transformers 5 has a new name for it: activation_checkpointing_enable
     "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"
 )
 
@@ -36,12 +36,12 @@ def bert_model() -> GateLoRA:
 def gradients(
     model: GateLoRA, batch: dict[str, Tensor], particles: int
 ) -> list[Tensor]:
-    """Of the ELBO, at one seed, with one backward for all particles."""
+    """The ELBO's gradients at one seed, by one backward pass for all particles."""
     model.train()
     guide = RankDiagonal(model)
     loss = RankELBO(num_particles=particles)(model, guide)
     with pyro.poutine.block():
-        guide(**batch)  # makes its parameters before the seed is set
+        guide(**batch)  # the guide makes its parameters here, before the seed is set
     torch.manual_seed(1)
     loss(**batch).backward()
     parameters = [*model.named_parameters(), *guide.named_parameters()]
@@ -65,7 +65,7 @@ def test_gradients_with_checkpointing_equal_those_without_for_two_particles() ->
 
 
 def count_forwards(net: nn.Module) -> dict[str, int]:
-    """How often the first LoRA layer ran, recomputations included."""
+    """Count the runs of the first LoRA layer, recomputations included."""
     calls = {"forwards": 0}
     layer = next(m for m in net.modules() if hasattr(m, "lora_A"))
 
@@ -181,13 +181,13 @@ def test_reentrant_checkpointing_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(RuntimeError, match=r'reentrant .*"use_reentrant": False'):
         with space.bind(torch.ones(space.size)):
             pytest.fail("entered")
-    net.eval()  # it checkpoints nothing then
+    net.eval()  # in evaluation mode Transformers recomputes nothing
     with space.bind(torch.ones(space.size)):
         net(**nets.tokens())
 
 
 @renamed_in_transformers
-def test_the_networks_checkpoint_function_is_restored() -> None:
+def test_the_networks_checkpointing_function_is_restored() -> None:
     net = nets.bert().train()
     getattr(net.base_model.model, ENABLE)()
     space = RankSpace(net)
@@ -199,7 +199,7 @@ def test_the_networks_checkpoint_function_is_restored() -> None:
 
 
 class Checkpointed(nets.Perceptron):
-    """A network that checkpoints its first layer by itself."""
+    """A network that applies activation checkpointing to its first layer."""
 
     def __init__(self, how: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ def test_ones_own_checkpoint_that_forgets_the_draw_raises_in_backward(
         loss.backward()
 
 
-def test_it_raises_also_where_a_draw_is_bound_that_may_be_another() -> None:
+def test_ones_own_checkpoint_also_raises_where_another_draw_is_bound() -> None:
     net, space = own_checkpointing(partial(checkpoint, use_reentrant=False))
     with space.bind(torch.rand(space.size)):
         loss = net(torch.randn(3, 5)).sum()

@@ -1,4 +1,4 @@
-"""Draws reach a compiled network, and a fresh one compiles nothing anew."""
+"""Draws reach a compiled network, and a fresh draw does not compile it again."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -34,7 +34,7 @@ def fresh_compiler() -> Iterator[None]:
 
 def compiling(test: Callable[..., None]) -> Callable[..., None]:
     """Start with an empty compiler; let it look at a gate that a guide has drawn."""
-    # torch._dynamo: it reads .grad of every tensor it meets
+    # torch._dynamo reads .grad of every tensor that it meets
     nosy = "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
     test = pytest.mark.filterwarnings(nosy)(test)
     return pytest.mark.usefixtures("fresh_compiler")(test)

@@ -1,4 +1,4 @@
-"""Weights drawn for LoRA layers replace the layers' own."""
+"""Weights drawn for LoRA layers replace the weights of the layers."""
 
 from collections.abc import Callable
 from typing import Any

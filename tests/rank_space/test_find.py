@@ -1,4 +1,4 @@
-"""LoRA layers that cannot be gated are refused with the way out."""
+"""RankSpace refuses LoRA layers that cannot be gated, and names the way out."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from lrvd_pyro.models import FactorLoRA, GateLoRA
 
 
 class Assorted(nn.Module):
-    """One of each layer kind that a hook on lora_B would miss."""
+    """One layer of each kind on which a hook on lora_B would never run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Assorted(nn.Module):
         self.idle = nn.Linear(8, 8)
 
     def prepare_inputs_for_generation(self) -> None:
-        """PEFT's causal language models must have it."""
+        """PEFT requires this method of a causal language model."""
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.embed(x)

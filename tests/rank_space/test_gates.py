@@ -177,7 +177,7 @@ def test_the_elbo_draws_a_gate_for_each_label_of_a_multiple_choice() -> None:
     assert all(w.grad.abs().max() > 0 for w in model.space.weights("lora_A"))
 
 
-def test_rows_that_are_no_multiple_of_the_examples_name_batch_noise() -> None:
+def test_rows_that_are_not_a_multiple_of_the_examples_name_batch_noise() -> None:
     net = nets.perceptron()
     space = RankSpace(net, sides=("lora_A",))
     message = r'3 examples, but a LoRA layer sees 4 rows.*RankELBO\(noise="batch"\)'

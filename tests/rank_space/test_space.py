@@ -1,4 +1,4 @@
-"""RankSpace indexes the rank components of any LoRA model, or says why not."""
+"""RankSpace indexes the rank components of a LoRA model, or says why it cannot."""
 
 import nets
 import pytest

@@ -198,7 +198,7 @@ def test_components_go_while_their_cost_stays_within_the_drop() -> None:
 @pytest.mark.parametrize(
     "prior, message",
     [
-        (priors.SpikeSlab(), "no product of the latent sites"),
+        (priors.SpikeSlab(), "not a product of the latent sites"),
         (priors.Horseshoe(levels=["global", "module"]), "per rank component"),
     ],
 )

@@ -169,11 +169,11 @@ def test_an_adapter_that_has_not_trained_is_refused():
     assert len(model.space.modules) == 2 * LAYERS
 
 
-def test_moments_in_place_of_their_values_are_refused():
+def test_gramians_in_place_of_their_values_are_refused():
     model, guide = pair()
-    moments: Any = gramians(model, [nets.tokens()])
-    with pytest.raises(TypeError, match="got Gramians; expected t by module"):
-        free_lower_layers(model, guide, hankel_values=moments)
+    second_moments: Any = gramians(model, [nets.tokens()])
+    with pytest.raises(TypeError, match="of type Gramians; expected t by module"):
+        free_lower_layers(model, guide, hankel_values=second_moments)
 
 
 def test_dora_is_refused():

@@ -26,7 +26,7 @@ exactly = partial(close, rtol=0, atol=1e-12)
 
 
 def small_copy(model: Any, guide: Any, fresh: Callable[[], Any]) -> tuple[Any, Any]:
-    """The pruned pair built anew, at the ranks that it has."""
+    """The pruned pair, built again at the ranks that it has."""
     space = model.space
     ranks = dict(zip(space.modules, space.ranks))
     alphas = {

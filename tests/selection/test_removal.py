@@ -204,7 +204,7 @@ def test_log_alpha_of_a_horseshoe_follows_its_components() -> None:
 
 
 @pytest.mark.parametrize("over", ["module", "layer", "type"])
-def test_scales_follow_their_groups_though_these_are_numbered_anew(over: Any) -> None:
+def test_scales_follow_their_groups_though_these_are_renumbered(over: Any) -> None:
     model = GateLoRA(nets.bert(), num_data=60, prior=priors.Hierarchical(over=over))
     guide = rank_guide(model)
 

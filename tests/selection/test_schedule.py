@@ -79,7 +79,7 @@ def test_it_never_prunes_while_the_kl_warms_up(staircase: bool) -> None:
         if schedule.step() is not None:
             went.append(step)
     assert went[0] == 21 and len(went) == 4
-    elbo = lrvd.RankELBO(kl_weight=0.1)  # a number is no warm-up
+    elbo = lrvd.RankELBO(kl_weight=0.1)  # a number is not a warm-up
     put(guide, *[LOW] * (model.space.size - 1), HIGH)
     late = RankSchedule(model, guide, None, start=1, every=1, elbo=elbo)
     assert late.step() is not None

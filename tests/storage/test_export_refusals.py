@@ -59,7 +59,7 @@ def test_merging_asks_for_a_transformers_network(tmp_path: Path) -> None:
 
 
 def test_a_base_that_the_adapter_changed_is_refused_but_merged(tmp_path: Path) -> None:
-    torch.set_default_dtype(torch.float32)  # PEFT's decomposition knows no double
+    torch.set_default_dtype(torch.float32)  # PEFT's decomposition takes no double
     net, inputs = nets.bert(init_lora_weights="olora"), tokens(4, labels=False)
     model = GateLoRA(net, num_data=60)
     with pytest.raises(ValueError, match="'olora' changed the base weights.*merged"):

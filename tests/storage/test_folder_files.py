@@ -129,7 +129,9 @@ def test_missing_and_truncated_files_are_named(name: str, tmp_path: Path) -> Non
     before = {n: t.clone() for n, t in base.state_dict().items()}
     content = (path / name).read_bytes()
     (path / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=f"{name} is damaged: expected .*write the"):
+    with pytest.raises(
+        ValueError, match=f"{name} is damaged: .*; expected .*write the"
+    ):
         load(path, base)
     (path / name).unlink()
     with pytest.raises(ValueError, match=f"{name} is missing; the folder holds"):
@@ -150,7 +152,9 @@ def test_a_config_of_another_kind_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lacks .* or the model's name and arguments"):
         load(path, base)
     edit(path, model=hacked)
-    with pytest.raises(ValueError, match="'Hacked', which is none of .*model=...\\)"):
+    with pytest.raises(
+        ValueError, match="'Hacked', which is not a class of .*model=...\\)"
+    ):
         load(path, base)
     edit(path, format=3, versions={"lrvd_pyro": "9.0"})
     with pytest.raises(
@@ -158,7 +162,7 @@ def test_a_config_of_another_kind_is_refused(tmp_path: Path) -> None:
     ):
         load(path, base)
     (path / "lrvd_config.json").write_text("[]")
-    with pytest.raises(ValueError, match="expected a JSON object, it is a list"):
+    with pytest.raises(ValueError, match="it is a list; expected a JSON object"):
         load(path, base)
 
 
@@ -209,7 +213,9 @@ def test_tensors_of_another_shape_are_refused_and_the_adapter_taken_out(
     tensors["guide.log_variance"] = torch.zeros(3)
     tensors["guide.more"] = torch.zeros(1)
     save_file(tensors, path / "lrvd_posterior.safetensors")
-    with pytest.raises(ValueError, match=r"'guide.more'\].*: \(\[3\], \[16\]\)\} diff"):
+    with pytest.raises(
+        ValueError, match=r"'guide.more'\].*differ: .*: \(\[3\], \[16\]\)\};"
+    ):
         load(path, base)
     assert whole(base, before)
     base.classifier = nn.Linear(16, 5)

@@ -1,4 +1,4 @@
-"""Each assertion of lrvd_pyro.testing, on a right thing and on a wrong twin."""
+"""The assertions on a model and its guide: on a right pair, and on a wrong twin."""
 
 from typing import Any
 
@@ -16,14 +16,8 @@ from toys import FEATURES, LABELS, batches, flat_elbo, flat_guide, flat_model
 import lrvd_pyro as lrvd
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
-from lrvd_pyro.testing import (
-    assert_error,
-    assert_goodness_of_fit,
-    assert_ok,
-    assert_unbiased_elbo,
-    assert_uniform_ranks,
-    sbc_ranks,
-)
+from lrvd_pyro.testing import assert_error, assert_ok, assert_unbiased_elbo
+from lrvd_pyro.testing.assertions import MakePair
 
 estimated = pytest.mark.filterwarnings("ignore:no closed form")
 
@@ -37,7 +31,7 @@ def rows(size: int = 6) -> dict[str, Tensor]:
     return {"x": torch.randn(size, 5), "labels": torch.randint(0, 3, (size,))}
 
 
-def gated(guide: Any = RankDiagonal, **options: Any) -> Any:
+def gated(guide: Any = RankDiagonal, **options: Any) -> MakePair:
     """A maker of pairs on a perceptron."""
 
     def make_pair() -> tuple[GateLoRA, Any]:
@@ -121,7 +115,7 @@ def test_assert_ok_names_the_weights_that_one_step_cannot_reach() -> None:
 
 
 class Forgetful(RankDiagonal):
-    """A guide whose noise is no part of its state."""
+    """A guide whose noise is not part of its state."""
 
     def __init__(self, model: GateLoRA) -> None:
         super().__init__(model)
@@ -192,115 +186,6 @@ def test_assert_error_fails_where_a_refusal_moves_parameters() -> None:
 
     with pytest.raises(AssertionError, match=r"have moved: \['guide.log_variance'\]"):
         assert_error(gated(Moving), rows(), "too late")
-
-
-class Misstated(dist.Normal):
-    """A normal distribution whose density has another scale."""
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return dist.Normal(self.loc, 1.1 * self.scale).log_prob(value)
-
-
-class Unnormalized(dist.Normal):
-    """A normal distribution whose density integrates to 0.95."""
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return super().log_prob(value) - 0.05
-
-
-@pytest.mark.parametrize(
-    "right",
-    [
-        dist.Normal(0.0, 1.0),
-        dist.HalfCauchy(torch.tensor(2.0)),
-        dist.LogNormal(0.0, 3.0),
-        dist.Gamma(torch.tensor(0.1), 1.0),
-        dist.Normal(torch.arange(4.0), 0.5).to_event(1),
-        dist.MultivariateNormal(torch.zeros(3), 0.3 * torch.eye(3) + 0.7),
-    ],
-)
-def test_goodness_of_fit_passes_on_right_densities(right: Any) -> None:
-    assert_goodness_of_fit(right)
-
-
-@pytest.mark.parametrize("family", [Misstated, Unnormalized])
-def test_goodness_of_fit_fails_on_wrong_densities(family: Any) -> None:
-    with pytest.raises(AssertionError, match="element 0: samples and log_prob"):
-        assert_goodness_of_fit(family(0.0, 1.0))
-    with pytest.raises(AssertionError, match="element 0: samples and log_prob"):
-        assert_goodness_of_fit(family(torch.zeros(4), 1.0).to_event(1))
-
-
-@pytest.mark.parametrize("factor", [3.0, 100.0])
-def test_goodness_of_fit_fails_on_grossly_wrong_densities(factor: float) -> None:
-    class Gross(dist.Normal):
-        def log_prob(self, value: Tensor) -> Tensor:
-            return dist.Normal(self.loc, factor * self.scale).log_prob(value)
-
-    with pytest.raises(AssertionError, match="samples and log_prob"):
-        assert_goodness_of_fit(Gross(0.0, 1.0))
-
-
-def test_goodness_of_fit_fails_on_a_density_without_the_correlation() -> None:
-    class Uncorrelated(dist.MultivariateNormal):
-        def log_prob(self, value: Tensor) -> Tensor:
-            sd = self.covariance_matrix.diag().sqrt()
-            return dist.Normal(self.loc, sd).to_event(1).log_prob(value)
-
-    covariance = 0.3 * torch.eye(3) + 0.7
-    with pytest.raises(AssertionError, match="samples and log_prob"):
-        assert_goodness_of_fit(Uncorrelated(torch.zeros(3), covariance))
-
-
-def test_goodness_of_fit_fails_by_chance_as_often_as_it_says() -> None:
-    failures = 0
-    for _ in range(1000):
-        try:
-            assert_goodness_of_fit(dist.Normal(0.0, 1.0), 1000, failure_rate=0.1)
-        except AssertionError:
-            failures += 1
-    assert 50 < failures < 130
-
-
-def conjugate(shift: float = 0.0, factor: float = 1.0) -> Tensor:
-    """Ranks for z ~ Normal(0, 1), x ~ Normal(z, 1), the posterior changed or not."""
-
-    def simulate() -> tuple[Tensor, Tensor]:
-        z = torch.randn(2)
-        return z, z + torch.randn(2)
-
-    def fit(x: Tensor) -> Tensor:
-        sd = 0.5**0.5
-        return x / 2 + sd * (shift + factor * torch.randn(49, 2))
-
-    return sbc_ranks(simulate, fit, num_simulations=500, num_draws=49)
-
-
-def test_ranks_of_the_exact_posterior_are_uniform() -> None:
-    ranks = conjugate()
-    assert ranks.shape == (500, 2) and ranks.min() == 0 and ranks.max() == 49
-    assert_uniform_ranks(ranks, 49)
-
-
-@pytest.mark.parametrize("wrong", [{"shift": 0.5}, {"factor": 0.6}, {"factor": 1.7}])
-def test_ranks_of_a_wrong_posterior_are_not_uniform(wrong: Any) -> None:
-    with pytest.raises(AssertionError, match="latent 0: its ranks are not uniform"):
-        assert_uniform_ranks(conjugate(**wrong), 49)
-
-
-def test_uniform_ranks_fail_by_chance_as_often_as_they_should() -> None:
-    failures = 0
-    for _ in range(1000):
-        try:
-            assert_uniform_ranks(torch.randint(0, 48, (200, 3)), 47, failure_rate=0.1)
-        except AssertionError:
-            failures += 1
-    assert 60 < failures < 140
-
-
-def test_sbc_wants_as_many_draws_as_it_was_told() -> None:
-    with pytest.raises(ValueError, match=r"fit drew \(3, 2\); expected .*\(4, 2\)"):
-        sbc_ranks(lambda: (torch.zeros(2), 0), lambda _: torch.zeros(3, 2), 1, 4)
 
 
 @estimated

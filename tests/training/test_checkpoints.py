@@ -54,7 +54,7 @@ def skip(*_: Any) -> None:
 @pytest.mark.parametrize(
     "part",
     [
-        "lrvd_pyro.training.checkpoints._set_random_state",
+        "lrvd_pyro.training.checkpoints.set_random_state",
         "torch.set_rng_state",
         "numpy.random.set_state",
         "random.setstate",

@@ -60,7 +60,7 @@ def test_it_draws_from_no_global_generator() -> None:
 
 
 def noise_after_a_resume(generator: Any) -> list[Any]:
-    """Batches with noise, the loader begun anew after the first, and not."""
+    """Batches with noise, without and with a new loader after the first batch."""
     dataset = TensorDataset(torch.arange(N))
     found = []
     for pause in (False, True):
