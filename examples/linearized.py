@@ -5,7 +5,7 @@ trained briefly on SST-2. Then the posterior variance of every gate is multiplie
 factor, and the linearized predictive of some dev sentences is compared with 1,000
 samples of the network; so are 16 samples, which cost seven times as much.
 
-    python examples/linearized.py --data ../shared/data/sst2
+    python examples/linearized.py --data data/sst2
 
 prints, for each factor, the gates' noise sqrt(alpha), the greatest and mean error of a
 class probability, that of 16 samples, and the correlation over sentences of the log

@@ -143,7 +143,7 @@ def judge(model: GateLoRA, batch: Batch, seed: int) -> Gates:
     rhat = split_gelman_rubin(gates, chain_dim=0, sample_dim=1)
     ess = effective_sample_size(gates, chain_dim=0, sample_dim=1)
     if not (rhat.max() < MAX_RHAT and ess.min() > MIN_ESS):
-        raise SystemExit(f"NUTS is no judge here: r-hat {rhat}, ESS {ess}")
+        raise SystemExit(f"NUTS cannot judge here: r-hat {rhat}, ESS {ess}")
     note = f"r-hat at most {rhat.max():.4f}, ESS at least {ess.min():.0f}"
     return Gates(gates.flatten(0, 1), time.perf_counter() - began, note)
 
@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of data and noise; 0")
     parser.add_argument("--out", type=Path, default=RESULTS, help="a folder")
     args = parser.parse_args(argv)
-    # A KL by Monte Carlo is no news: no AutoGuide's has a closed form.
+    # A KL by Monte Carlo is expected: no AutoGuide's has a closed form.
     warnings.filterwarnings("ignore", "no closed form", UserWarning)
     torch.set_num_threads(1)  # the matrices are small
     torch.set_default_dtype(torch.float64)

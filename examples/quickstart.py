@@ -247,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     out = Path("runs", "quickstart")
     parser.add_argument("--out", type=Path, default=out, help=f"run folder; {out}")
     args = parser.parse_args(argv)
-    logging.set_verbosity_error()  # a new head on a pretrained network is no news
+    logging.set_verbosity_error()  # every run has a new head
     logging.disable_progress_bar()
     task = load_task(args)
     results = run_lora(task, args)

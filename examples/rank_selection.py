@@ -8,7 +8,7 @@ mean; the official dev set is scored at every threshold. Then the adapter is pru
 log alpha 3 and exported: its size on disk and the time of a forward pass beside those
 of the plain LoRA.
 
-    python examples/rank_selection.py --data ../shared/data/sst2 ../shared/data/cola
+    python examples/rank_selection.py --data data/sst2 data/cola
 
 appends a line per seed, model and threshold to results/rank_selection.jsonl, prints the
 table of all lines and draws results/rank_selection.png.

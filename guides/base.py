@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lrvd_pyro._compat.pyro import name_of
 from lrvd_pyro.inference.param_store import UniqueModule, check_registered
 from lrvd_pyro.models.base import RankModel
-from lrvd_pyro.rank_space.removal import Cuts
+from lrvd_pyro.rank_space.removal import Cuts, slice_tensors
 
 __all__ = ["ClosedFormNoise", "RankGuide"]
 
@@ -39,11 +39,11 @@ class RankGuide(UniqueModule):
     """A guide with a noise of its own for each rank component.
 
     A subclass gives `forward`, the Pyro statements; `mean` and `log_alpha`, what the
-    posterior is; and `cuts` and `select`, by which components leave it. `prune`,
-    `RankSchedule`, `RankHistory`, `save` and `export_peft` then work with it. They ask
-    for this type, and not for methods of these names. A subclass with an attribute for
-    each argument of its constructor can be saved and loaded. The example below, with
-    its imports, is examples/recipes/add_guide.py.
+    posterior is. `prune`, `RankSchedule`, `RankHistory`, `save` and `export_peft` then
+    work with it. They ask for this type, and not for methods of these names. A subclass
+    whose state is not one parameter per rank component gives `cuts` and `select` too. A
+    subclass with an attribute for each argument of its constructor can be saved and
+    loaded. The example below, with its imports, is examples/recipes/add_guide.py.
 
     Wrong as a base for guides whose noise does not belong to single rank components: a
     covariance over all of them has no part that `select` could take away.
@@ -77,12 +77,6 @@ class RankGuide(UniqueModule):
             def log_alpha(self):                 # Var[gate] is 2 b^2, and the mean is 1
                 return (2 * self.log_b.detach().exp().square()).log()
 
-            def cuts(self, keep):                # the dimension, the indices that stay
-                return {self.log_b: (0, keep.nonzero().squeeze(-1))}
-
-            def select(self, keep):              # in place: optimizers hold the tensors
-                slice_tensors(self.cuts(keep))
-
         model = GateLoRA(net, prior=ARD(), num_data=len(train))
         guide = LaplaceGates(model)
         svi = SVI(model, guide, AdamW(), loss=RankELBO())
@@ -107,18 +101,26 @@ class RankGuide(UniqueModule):
     def log_alpha(self) -> Tensor:
         """Log noise-to-signal ratio ``Var / mean^2`` of each component, (R,)."""
 
-    @abstractmethod
     def cuts(self, keep: Tensor) -> Cuts:
         """What `select` would slice, without doing it.
+
+        By default every parameter along its first dimension, which has one entry per
+        rank component, or per group under the names of `RankSpace.indices_kept`.
 
         Args:
             keep: Which rank components stay, a bool mask (R,).
 
         Returns:
             For each parameter the dimension to slice, and the indices that stay.
-        """
 
-    @abstractmethod
+        Raises:
+            TypeError: If a parameter belongs to no components that can be told.
+        """
+        return {
+            parameter: (0, self.space.indices_kept(keep, name, len(parameter)))
+            for name, parameter in self.named_parameters()
+        }
+
     def select(self, keep: Tensor) -> None:
         """Drop the other rank components, in place.
 
@@ -128,6 +130,7 @@ class RankGuide(UniqueModule):
         Args:
             keep: Which rank components stay, a bool mask (R,).
         """
+        slice_tensors(self.cuts(keep))
 
     @property
     def effective_rank(self) -> Tensor:

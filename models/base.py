@@ -53,7 +53,7 @@ class RankModel(UniqueModule):
     drawn value into the forward pass. `factors` says which adapter the value amounts
     to. Training, prediction, storage, export and ArviZ work by these three.
 
-    A subclass sets ``prior``, and an attribute for each further argument of its
+    A subclass may set ``prior``. It sets an attribute for each further argument of its
     constructor: `save` keeps the arguments by these. It may override `start`, where
     guides begin, and `site_labels`. With all imports: examples/recipes/add_model.py.
 
@@ -108,12 +108,15 @@ class RankModel(UniqueModule):
     binds: ClassVar[str]
 
     def __init__(self, space: RankSpace, likelihood: Likelihood, num_data: int) -> None:
-        check_likelihood(likelihood)
+        # The space has its hooks on the network already.
+        with space.binding.closed_on_failure():
+            check_likelihood(likelihood)
         super().__init__()
         self.net = space.net
         self.space = space
         self.likelihood = likelihood
         self.num_data = num_data
+        self.prior = None
 
     @abstractmethod
     def draw(self) -> Tensor:

@@ -77,12 +77,13 @@ class GateLoRA(RankModel):
         adapter: str | None = None,
     ) -> None:
         size = check_num_data(num_data)
-        super().__init__(RankSpace(net, adapter), likelihood or Categorical(), size)
         _check_densities(prior, weight_prior)
+        super().__init__(RankSpace(net, adapter), likelihood or Categorical(), size)
         self.prior = prior or LogUniform()
         self.weight_prior = weight_prior
         self._centered = _is_centered(weight_prior)
-        self._prior_names_gate = check_prior(self.prior, self.space)
+        with self.space.binding.closed_on_failure():
+            self._prior_names_gate = check_prior(self.prior, self.space)
 
     def draw(self) -> Tensor:
         """Draw the gates, ``R``; ``B x R`` when drawn per example."""

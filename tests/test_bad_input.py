@@ -5,7 +5,7 @@ from typing import Any
 import pyro
 import pytest
 import torch
-from nets import bert, lora, regression, tokens
+from nets import bert, hooks, lora, regression, tokens
 from pyro import distributions as dist
 from pyro.infer import SVI, Predictive
 from torch import Tensor
@@ -265,3 +265,25 @@ def test_a_refused_prior_leaves_nothing_in_the_store() -> None:
     with pytest.raises(ValueError, match="'scale' is a pyro.param"):
         GateLoRA(bert(), prior=bare_parameter, num_data=60)
     assert "scale" not in pyro.get_param_store()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"likelihood": "x"},
+        {"prior": "x"},
+        {"prior": lambda space: torch.ones(space.size + 1)},
+        {"weight_prior": 1.0},
+        {"num_data": None},
+    ],
+    ids=str,
+)
+def test_a_model_that_is_refused_leaves_no_hook(wrong: dict[str, Any]) -> None:
+    net = bert()
+    with pytest.raises((TypeError, ValueError)):
+        GateLoRA(net, **{"num_data": 60} | wrong)
+    with pytest.raises((TypeError, ValueError)):
+        FactorLoRA(net, **{"num_data": 60} | wrong)
+    assert hooks(net) == 0
+    GateLoRA(net, num_data=60)
+    assert hooks(net) > 0  # the twin

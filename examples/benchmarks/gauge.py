@@ -23,7 +23,7 @@ What was chosen (multiplicity 2, the order over subsets) was chosen on "dev", 50
 training sentences; "test" is the official dev set.
 
     PYTHONPATH=examples python examples/benchmarks/gauge.py \\
-        --data ../shared/data/sst2
+        --data data/sst2
 
 appends lines to results/gauge.jsonl, prints the tables of all lines and draws those of
 the first data set as results/gauge.png.

@@ -9,7 +9,7 @@ FactorLoRA has noise on A and B, as published, and a KL weight that rises over t
 part of training.
 
     PYTHONPATH=examples python examples/benchmarks/lora_vs_lrvd.py \\
-        --data ../shared/data/sst2
+        --data data/sst2
 
 appends a line per seed and row to results/lora_vs_lrvd.jsonl and prints the table.
 """

@@ -21,7 +21,7 @@ trained LoRA, "exported" that of the adapter that `export_peft` wrote, "predict"
 16 samples, in deterministic forwards of the same network.
 
     PYTHONPATH=examples python examples/benchmarks/whole_run.py \\
-        --data ../shared/data/sst2
+        --data data/sst2
 
 appends a line per seed and row to results/whole_run.jsonl and prints the table of all
 lines.

@@ -22,9 +22,3 @@ class LaplaceGates(lrvd.guides.RankGuide):
     @property
     def log_alpha(self) -> Tensor:
         return (2 * self.log_b.detach().exp().square()).log()
-
-    def cuts(self, keep: Tensor) -> lrvd.rank_space.Cuts:
-        return {self.log_b: (0, keep.nonzero().squeeze(-1))}
-
-    def select(self, keep: Tensor) -> None:
-        lrvd.rank_space.slice_tensors(self.cuts(keep))

@@ -110,6 +110,15 @@ class Binding:
         self._gates = [self._gates[i] for i in kept]
         self.layers = {n: m for n, m in self.layers.items() if n not in names}
 
+    @contextmanager
+    def closed_on_failure(self) -> Iterator[None]:
+        """Take every hook off if the block fails: a refusal leaves no trace."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
     def close(self) -> None:
         """Take every hook off."""
         for hooks, key, _ in own_hooks(self._hooked, self.bank):

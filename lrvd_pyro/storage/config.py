@@ -36,7 +36,7 @@ def config_of(model: RankModel, guide: nn.Module, parts: Parts) -> dict[str, Any
     space, net = model.space, model.base_net
     objects: dict[str, Any] = {
         "model": describe(model, models),
-        "prior": describe(model.prior, priors),
+        "prior": None if model.prior is None else describe(model.prior, priors),
         "likelihood": describe(model.likelihood, likelihoods),
         "guide": describe(guide, guides),
     }

@@ -165,6 +165,7 @@ def load(
         "prior": build(folder, config, "prior", prior, priors),
         "likelihood": build(folder, config, "likelihood", likelihood, likelihoods),
     }
+    given = {name: part for name, part in given.items() if part is not None}
     if weight_prior is not None:
         given["weight_prior"] = weight_prior
     with adapted(net, config, adapter_config) as peft_net:

@@ -125,6 +125,9 @@ def build(
         ValueError: If the name differs, or the config alone does not make it.
     """
     saved = config[part]
+    if saved is None and given is None:
+        return None
+    saved = saved or {"name": "None"}
     if given is not None:
         _check_name(folder, part, describe(given, home)["name"], saved["name"])
         return given

@@ -82,7 +82,7 @@ def test_the_judge_refuses_chains_that_have_not_mixed(
     example = shrunk(
         "nuts_reference", monkeypatch, PER_LIBRARY=12, CHAINS=2, WARMUP=2, DRAWS=4
     )
-    with pytest.raises(SystemExit, match="NUTS is no judge here: r-hat"):
+    with pytest.raises(SystemExit, match="NUTS cannot judge here: r-hat"):
         example.main(["--out", str(tmp_path)])
 
 

@@ -38,12 +38,6 @@ class Uniform(RankGuide):
     def log_alpha(self) -> Tensor:
         return (2 * self.log_width - torch.tensor(3.0).log()).detach()
 
-    def cuts(self, keep: Tensor) -> Any:
-        return {self.log_width: (0, keep.nonzero().squeeze(-1))}
-
-    def select(self, keep: Tensor) -> None:
-        lrvd.rank_space.slice_tensors(self.cuts(keep))
-
 
 def pair() -> tuple[GateLoRA, Uniform]:
     model = GateLoRA(bert(), prior=lrvd.priors.Normal(), num_data=60)
@@ -116,7 +110,7 @@ def test_a_guide_that_lacks_a_method_cannot_be_made() -> None:
         def mean(self) -> Tensor:
             return torch.ones(1)
 
-    with pytest.raises(TypeError, match="class Half .*cuts, forward, log_alpha, sel"):
+    with pytest.raises(TypeError, match="class Half .*forward, log_alpha"):
         Half(None)  # type: ignore[abstract, arg-type]
 
 

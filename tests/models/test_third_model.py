@@ -4,10 +4,12 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import pyro
 import pytest
 import torch
 from nets import bert, tokens
 from peft import PeftModel
+from pyro import distributions as dist
 from pyro.infer import SVI
 from pyro.infer.autoguide import AutoNormal, init_to_value
 from third_model import CoreLoRA, identity
@@ -154,3 +156,33 @@ def test_factors_that_do_not_fit_are_refused_by_the_export(
     with pytest.raises(TypeError, match=rf"{family.__name__}.factors gives 'bert"):
         lrvd.export_peft(tmp_path / "out", model, automatic(model))
     assert not (tmp_path / "out").exists()
+
+
+class Bare(CoreLoRA):
+    """It has no prior object: the program stands in `draw` alone."""
+
+    def __init__(self, net: Any, *, num_data: int, **parts: Any) -> None:
+        super().__init__(net, num_data=num_data, **parts)
+        self.prior = None
+
+    def draw(self) -> Tensor:
+        core: Tensor = pyro.sample(
+            "core", dist.Normal(identity(self.space), self.scale).to_event(1)
+        )
+        return core
+
+
+def test_a_model_without_a_prior_object_comes_back(tmp_path: Path) -> None:
+    model = Bare(bert(), num_data=60)
+    guide = automatic(model)
+    lrvd.save(tmp_path / "run", model, guide)
+    base = copy.deepcopy(model.base_net).unload().requires_grad_(True)
+    with pytest.raises(ValueError, match="the prior is 'identity', .* with 'None'"):
+        lrvd.load(tmp_path / "run", base, model=Bare, prior=identity, guide=automatic)
+    loaded, its_guide = lrvd.load(tmp_path / "run", base, model=Bare, guide=automatic)
+    inputs = [tokens(labels=False)]
+    ours, theirs = (
+        lrvd.predict(*pair, inputs, 2).probs
+        for pair in ((model, guide), (loaded, its_guide))
+    )
+    assert torch.equal(ours, theirs)
