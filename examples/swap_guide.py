@@ -50,7 +50,7 @@ def run(name: str, task: Task, args: argparse.Namespace) -> dict[str, float]:
     )
     guide = GUIDES[name](model)
     with warnings.catch_warnings():
-        # joint guides have no closed form, as the table in examples/results/README.md says
+        # joint guides have no closed form, as examples/results/README.md says
         warnings.filterwarnings("ignore", "no closed form", UserWarning)
         seconds = fit(name, model, guide, task, args)
     if name == "laplace":
