@@ -5,8 +5,8 @@ and a random 4-layer RoBERTa of width 256 (rank 8 on all six linear layers of a 
 16 texts of 64 tokens, 1 thread. B is random, as if trained: `predict` repeats its trial
 for each batch while the adapter changes nothing. All rows of a network are timed in
 turn, round after round in one process, and each time is divided by the forward pass of
-its own round; the table has medians. The A/A row is a second forward pass. "p" is the share of
-a forward pass that precedes the first LoRA layer, measured in the same rounds.
+its own round; the table has medians. The A/A row is a second forward pass. "p" is the
+share of a forward pass that precedes the first LoRA layer, measured in the same rounds.
 
     PYTHONPATH=examples python examples/benchmarks/predict_time.py
 
