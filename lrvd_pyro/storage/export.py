@@ -6,7 +6,8 @@ is exact for DoRA too, whose norm depends on ``scaling B A`` alone.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +43,7 @@ _Mode = Literal["pruned", "padded", "merged"]
 
 # Initializations that subtract the first B A from the base weights.
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_HALF = (torch.bfloat16, torch.float16)
+_HALF = {torch.bfloat16, torch.float16}
 _PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_B.center")
 
 
@@ -85,7 +86,7 @@ def export_peft(
         ValueError: If ``path`` is not empty; if nothing is left to export; if the
             adapter alone does not make the network; if "merged" meets a bias and a
             layer without one; or if the probe's logits differ by more than 1e-5 of the
-            largest (2e-2 in half precision). Nothing is written then.
+            largest (2e-2 in half precision, autocast too). Nothing is written then.
         TypeError: If a layer cannot be padded, or "merged" meets a network that is not
             a Transformers one.
         RuntimeError: If the adapter is merged, disabled, inactive or deleted.
@@ -230,21 +231,44 @@ def _compare(
     """Raise unless a written folder gives the logits of the mean adapter."""
     net = model.base_net
     inputs = without_labels(probe)
+    device = next(net.parameters()).device.type
     with evaluating(model), torch.no_grad():
-        with posterior_mean(model, guide):
+        with posterior_mean(model, guide), _autocasts(net, device) as seen:
             expected = model.predictions(**inputs)
-        output = _reload(folder, net, mode).eval()(**inputs)
+        loaded = _reload(folder, net, mode).eval()
+        # Accelerate's autocast stands in the forward of the network that it prepared,
+        # which the export does not have.
+        with torch.autocast(device, next(iter(seen), None), enabled=bool(seen)):
+            output = loaded(**inputs)
     error = float((getattr(output, "logits", output) - expected).abs().max())
     largest = float(expected.abs().max())
-    half = any(p.dtype in _HALF for p in net.parameters())
+    half = sorted(str(d) for d in seen | {p.dtype for p in net.parameters()} & _HALF)
     tolerance = 2e-2 if half else 1e-5
     if not error <= tolerance * largest:  # NaN is refused too
         raise ValueError(
             f"loaded again, the export's logits differ by {error:.2g} from the mean "
             f"adapter's, whose largest is {largest:.2g}; expected {tolerance} of that "
-            f"at most. Nothing was written. If net.eval()(**probe) gives the same "
-            f"logits twice, please report this message"
+            f"at most{' in ' if half else ''}{', '.join(half)}. Nothing was written. "
+            f"If net.eval()(**probe) gives the same logits twice, please report this "
+            f"message"
         )
+
+
+@contextmanager
+def _autocasts(net: nn.Module, device: str) -> Iterator[set[torch.dtype]]:
+    """The precisions that autocast sets in the forward passes within the block."""
+    seen: set[torch.dtype] = set()
+
+    def look(*_: object) -> None:
+        if torch.is_autocast_enabled(device):
+            seen.add(torch.get_autocast_dtype(device))
+
+    hooks = [module.register_forward_pre_hook(look) for module in net.modules()]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _reload(folder: Path, net: PeftModel, mode: _Mode) -> nn.Module:

@@ -197,12 +197,12 @@ def test_confidences_of_1_have_a_bin_of_their_own_in_the_interval_too() -> None:
 
 
 def test_confidences_at_an_edge_lie_in_the_bin_of_torchmetrics() -> None:
-    """Every edge of single precision, and its neighbors, against its value."""
-    edges = torch.linspace(0.5, 1, 9, dtype=torch.float).double()
-    near = torch.cat([edges, (edges - 1e-9)[1:], (edges + 1e-9)[:-1]])
-    found = calibration_bins(near, 16)
-    at = torch.arange(8, 17)
-    assert torch.equal(found, torch.cat([at, at[1:] - 1, at[:-1]]))
+    """Its edges are of single precision; the twin is off by one in double."""
+    edges, at = torch.linspace(0, 1, 16, dtype=torch.float).double(), torch.arange(16)
+    assert torch.equal(calibration_bins(edges), at)
+    assert torch.equal(calibration_bins((edges - 1e-10)[1:]), at[:-1])
+    double = torch.bucketize(edges, torch.linspace(0, 1, 16), right=True) - 1
+    assert not torch.equal(double, at)
 
 
 @pytest.mark.parametrize("right", [True, False])
