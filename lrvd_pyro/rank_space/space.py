@@ -6,7 +6,7 @@ of gates, or drawn weights A and B, into the forward pass. It does not know infe
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -266,9 +266,9 @@ class RankSpace:
         """Remove every hook; weights, centers and biases stay."""
         self.binding.close()
 
-    def check_fired(self) -> None:
+    def check_fired(self, again: Callable[[], object] | None = None) -> None:
         """Raise a RuntimeError if forward passes so far left some LoRA module out."""
-        self.binding.check_fired()
+        self.binding.check_fired(again)
 
     def require_live(self) -> None:
         """Raise a RuntimeError unless a draw can enter the forward pass."""
