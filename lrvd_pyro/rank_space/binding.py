@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -33,7 +32,7 @@ class Binding:
 
     def __init__(
         self,
-        net: PeftModel,
+        net: nn.Module,
         adapter: str,
         layers: Mapping[str, LoraLayer],
         sides: tuple[Side, ...],

@@ -15,11 +15,13 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
+from lrvd_pyro._compat.peft import unloaded
 from lrvd_pyro._compat.transformers import attention_implementation
 from lrvd_pyro.batches import Batch, without_labels
 from lrvd_pyro.inference.programs import Guide
 from lrvd_pyro.models.base import RankModel, evaluating
 from lrvd_pyro.predictive.predictive import posterior_mean
+from lrvd_pyro.rank_space.find import active_adapters, plain_net
 from lrvd_pyro.storage.atomic import AnyPath, written_whole
 from lrvd_pyro.storage.mean_adapter import (
     MeanModule,
@@ -155,14 +157,14 @@ def merge(model: RankModel, guide: Guide) -> Any:
         ValueError: If the adapter has a bias where the layer has none.
     """
     net, adapter = model.base_net, model.space.adapter
-    if not hasattr(net.get_base_model(), "save_pretrained"):
+    if not hasattr(plain_net(net), "save_pretrained"):
         raise TypeError(
             f'mode="merged" writes a Transformers network, and this one is a '
-            f'{type(net.get_base_model()).__name__}; use mode="pruned"'
+            f'{type(plain_net(net)).__name__}; use mode="pruned"'
         )
     twin = copy.deepcopy(net)
     for name, mean in mean_modules(model, guide, drop=False).items():
-        layer: Any = twin.get_submodule(PREFIX + name)
+        layer: Any = plain_net(twin).get_submodule(name)
         layer.lora_A[adapter].weight.data = mean.lora_A.detach()
         layer.lora_B[adapter].weight.data = mean.lora_B.detach()
         # By this flag PEFT merges a bias, and fails where the layer has none. A bias of
@@ -176,7 +178,7 @@ def merge(model: RankModel, guide: Guide) -> Any:
                 f"the adapter has a bias in {name!r}, whose layer has none to merge it "
                 f'into; use mode="pruned", or centered=False before ranks are removed'
             )
-    return twin.merge_and_unload(adapter_names=[adapter])
+    return unloaded(twin, [adapter])
 
 
 def _lora_tensors(
@@ -193,10 +195,10 @@ def _lora_tensors(
 
 def _refuse_other_adapters(model: RankModel) -> None:
     """Raise if another adapter shapes the logits too."""
-    active, adapter = model.base_net.active_adapters, model.space.adapter
-    if list(active) != [adapter]:
+    active, adapter = active_adapters(model.base_net), model.space.adapter
+    if active != [adapter]:
         raise ValueError(
-            f"adapters {list(active)} are active, but {adapter!r} alone would be "
+            f"adapters {active} are active, but {adapter!r} alone would be "
             f"written; call net.set_adapter({adapter!r})"
         )
 
@@ -271,9 +273,9 @@ def _autocasts(net: nn.Module, device: str) -> Iterator[set[torch.dtype]]:
             hook.remove()
 
 
-def _reload(folder: Path, net: PeftModel, mode: _Mode) -> nn.Module:
+def _reload(folder: Path, net: nn.Module, mode: _Mode) -> nn.Module:
     """Load an export by plain Transformers, or by plain PEFT on a copy of the base."""
-    base: Any = net.get_base_model()
+    base: Any = plain_net(net)
     if mode == "merged":
         # Another attention kernel or precision would round its logits differently.
         attention = attention_implementation(base)
@@ -281,5 +283,5 @@ def _reload(folder: Path, net: PeftModel, mode: _Mode) -> nn.Module:
             folder, dtype=base.dtype, attn_implementation=attention
         )
         return loaded.to(base.device)
-    plain: PeftModel = PeftModel.from_pretrained(copy.deepcopy(net).unload(), folder)
+    plain: PeftModel = PeftModel.from_pretrained(unloaded(copy.deepcopy(net)), folder)
     return plain

@@ -192,8 +192,6 @@ def test_without_a_model_it_is_named_at_once_in_eval_mode() -> None:
             space.net(torch.randn(2, 5))
 
 
-# that its trial failed; the error itself follows
-@pytest.mark.filterwarnings("ignore:Fused cannot share passes:UserWarning")
 @pytest.mark.parametrize("training", [True, False])
 def test_fused_kernels_are_named_at_the_first_pass(training: bool) -> None:
     model = model_of(Fused(), "hidden", "out")
