@@ -62,15 +62,13 @@ def pick_adapter(net: nn.Module, adapter: str | None) -> str:
         ValueError: If the adapter is unknown, or if not exactly one is active.
     """
     if not _has_lora(net):
-        compiled = _has_lora(getattr(net, "_orig_mod", None))
+        config = "LoraConfig(r=8, ...)"
+        way = f"get_peft_model(net, {config}), or net.add_adapter({config})"
+        if _has_lora(getattr(net, "_orig_mod", None)):
+            way = "make the model first, then net.compile()"
         raise TypeError(
-            f"net is a {type(net).__name__}; expected a PEFT model: "
-            + ("make the model first, then net.compile()" if compiled else "")
-            + (
-                ""
-                if compiled
-                else "get_peft_model(net, LoraConfig(r=8, ...)), or net.add_adapter"
-            )
+            f"net is a {type(net).__name__}; expected a PEFT model, or a network with "
+            f"LoRA layers: {way}"
         )
     if adapter is None:
         active = active_adapters(net)
