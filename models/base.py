@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from numbers import Integral
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -21,6 +22,7 @@ from lrvd_pyro.inference.kl import latent_sites, scaled_log_prob
 from lrvd_pyro.inference.param_store import UniqueModule, check_registered
 from lrvd_pyro.inference.per_example import drawn_per_example
 from lrvd_pyro.likelihoods.base import Likelihood, check_likelihood
+from lrvd_pyro.rank_space.binding import in_eval_mode
 from lrvd_pyro.rank_space.space import RankSpace
 
 __all__ = ["Factors", "RankModel", "SiteLabels", "check_num_data", "evaluating"]
@@ -240,8 +242,9 @@ class RankModel(UniqueModule):
             TypeError: If the network returns neither a tensor nor something with
                 logits.
         """
-        output = self.base_net(**inputs)
-        self.space.check_fired()
+        again = partial(self.base_net, **inputs)
+        output = again()
+        self.space.check_fired(again)
         logits = getattr(output, "logits", output)
         if not isinstance(logits, Tensor):
             raise TypeError(
@@ -290,11 +293,5 @@ def check_num_data(num_data: int | None) -> int:
 @contextmanager
 def evaluating(model: RankModel) -> Iterator[None]:
     """Run the network in eval mode within the block; its mode is restored."""
-    # Module by module: users keep parts of a training network in eval mode.
-    was_training = [m for m in model.base_net.modules() if m.training]
-    model.base_net.eval()
-    try:
+    with in_eval_mode(model.base_net):
         yield
-    finally:
-        for module in was_training:
-            module.training = True

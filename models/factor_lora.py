@@ -3,8 +3,7 @@
 from contextlib import AbstractContextManager
 
 import torch
-from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrvd_pyro.likelihoods.base import Likelihood
 from lrvd_pyro.likelihoods.categorical import Categorical
@@ -39,7 +38,8 @@ class FactorLoRA(RankModel):
         svi = SVI(model, TiedDiagonal(model), AdamW(), loss=RankELBO(kl_weight=0.1))
 
     Args:
-        net: A PEFT LoRA model on Linear or Conv1D layers.
+        net: A PEFT LoRA model on Linear or Conv1D layers, or a Transformers network
+            after ``net.add_adapter``.
         prior: `lrvd_pyro.priors.LogUniform`, the only one.
         likelihood: The distribution of labels given the network's logits; see
             `lrvd_pyro.likelihoods`.
@@ -48,7 +48,7 @@ class FactorLoRA(RankModel):
         adapter: The adapter's name; None takes the single active one.
 
     Raises:
-        TypeError: If ``net`` is not a PEFT model, a layer is not linear, the prior is
+        TypeError: If ``net`` has no LoRA layers, a layer is not linear, the prior is
             another one, or ``num_data`` is missing.
         ValueError: If the adapter is ambiguous or ``sides`` is neither of the two.
 
@@ -60,7 +60,7 @@ class FactorLoRA(RankModel):
 
     def __init__(
         self,
-        net: PeftModel,
+        net: nn.Module,
         *,
         prior: LogUniform | None = None,
         likelihood: Likelihood | None = None,

@@ -6,7 +6,6 @@ from typing import Any
 
 import pyro
 import torch
-from peft import PeftModel
 from pyro import distributions as dist
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -44,7 +43,8 @@ class GateLoRA(RankModel):
         svi.step(**batch)          # the tokenizer's dict, with labels
 
     Args:
-        net: A PEFT LoRA model.
+        net: A PEFT LoRA model, or a Transformers network after
+            ``net.add_adapter``.
         prior: From a `RankSpace` to the gate; see `lrvd_pyro.priors`.
         likelihood: The distribution of labels given the network's logits; see
             `lrvd_pyro.likelihoods`.
@@ -54,7 +54,7 @@ class GateLoRA(RankModel):
         adapter: The adapter's name; None takes the single active one.
 
     Raises:
-        TypeError: If ``net`` is not a PEFT model, a layer cannot be gated, or
+        TypeError: If ``net`` has no LoRA layers, a layer cannot be gated, or
             ``num_data`` is missing. If ``prior`` is not a function, or ``weight_prior``
             not a density of single weights.
         ValueError: If the adapter is ambiguous, the prior breaks its contract, or its
@@ -68,7 +68,7 @@ class GateLoRA(RankModel):
 
     def __init__(
         self,
-        net: PeftModel,
+        net: nn.Module,
         *,
         prior: Prior | None = None,
         likelihood: Likelihood | None = None,

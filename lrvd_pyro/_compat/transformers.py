@@ -10,6 +10,7 @@ __all__ = [
     "attention_implementation",
     "checkpointing_blocks",
     "checkpointing_function",
+    "forget_adapters",
     "set_checkpointing_function",
 ]
 
@@ -47,3 +48,12 @@ def attention_implementation(net: PreTrainedModel) -> Any:
     Private, since ``from_pretrained`` accepts it and no public name returns it.
     """
     return net.config._attn_implementation
+
+
+def forget_adapters(net: nn.Module) -> None:
+    """Tell a network that it has no adapter left, so that it saves itself whole.
+
+    Private, since ``delete_adapter`` keeps the LoRA layers, and no public name ends it.
+    """
+    if isinstance(net, PreTrainedModel):
+        net._hf_peft_config_loaded = False

@@ -22,8 +22,10 @@ NO_NOISE = (
     "and the KL alone would train them"
 )
 NO_GRADIENT = (
-    "the loss has no gradient for the model's parameters {}: they stay as they are. "
-    "If the guide was built on another model, build it on this one: RankDiagonal(model)"
+    "the loss has no gradient for the model's parameters {}: they stay as they are in "
+    "this step. If training drops layers (layerdrop) or routes tokens to experts, "
+    "later steps reach them. If the guide was built on another model, build it on this "
+    "one: RankDiagonal(model)"
 )
 
 

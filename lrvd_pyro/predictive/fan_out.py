@@ -17,6 +17,7 @@ from lrvd_pyro._compat.torch import is_compiled, tree_leaves, tree_map
 from lrvd_pyro.batches import batch_size
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.predictive.prefix import Prefix
+from lrvd_pyro.rank_space.find import plain_net
 
 __all__ = ["FanOut", "fanned_out", "looped", "resolution", "trial"]
 
@@ -86,8 +87,10 @@ class FanOut:
         reason = trial(self.model, self.values[[0, 1, -1]], batch, copies)
         if reason is None:
             return ""
+        if reason:
+            self.model.space.check_fired()  # else its error would be the reason below
         if reason and reason not in known.values():
-            net = type(self.model.base_net.get_base_model()).__name__
+            net = type(plain_net(self.model.base_net)).__name__
             warnings.warn(
                 f"{net} cannot share passes between draws ({reason}); predict runs the "
                 f"whole network once per draw instead",

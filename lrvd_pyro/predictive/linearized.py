@@ -16,6 +16,7 @@ from lrvd_pyro.inference.per_example import PerExample
 from lrvd_pyro.inference.programs import Guide
 from lrvd_pyro.likelihoods.base import contrasts_of
 from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.rank_space.find import plain_net
 
 __all__ = [
     "GateGaussian",
@@ -150,7 +151,7 @@ class Linearized:
         first = _gradient(mean[0].sum(), gates).abs()
         if bool(first[1:].max() > 1e-6 * first.max()):
             raise ValueError(
-                f"in {type(self.model.base_net.get_base_model()).__name__} the gates "
+                f"in {type(plain_net(self.model.base_net)).__name__} the gates "
                 f"of one example move the predictions for another. Its rows see each "
                 f"other, or a layer has the batch on another axis than the first; "
                 f'predict(..., method="sample") takes one draw for all'

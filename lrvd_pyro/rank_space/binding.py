@@ -1,10 +1,10 @@
 """The hooks on the LoRA layers of an adapter, and whether a draw reaches them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
-from peft import PeftModel
+import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -13,9 +13,11 @@ from lrvd_pyro.rank_space.bank import Bank, Parts
 from lrvd_pyro.rank_space.checkpointing import carried_by_checkpointing
 from lrvd_pyro.rank_space.hooks import GateHook, WeightHook, obstacle, own_hooks
 
-__all__ = ["Binding", "Side"]
+__all__ = ["Binding", "Side", "in_eval_mode"]
 
 Side = Literal["lora_A", "lora_B"]
+
+_PASSES = 32  # at a layerdrop of .5, one of 1e9 layers is dropped in all of them
 
 
 class Binding:
@@ -30,13 +32,14 @@ class Binding:
 
     def __init__(
         self,
-        net: PeftModel,
+        net: nn.Module,
         adapter: str,
         layers: Mapping[str, LoraLayer],
         sides: tuple[Side, ...],
     ) -> None:
         self.net, self.adapter, self.layers = net, adapter, dict(layers)
         self.bank = Bank()
+        self.passes = 0  # forward passes judged while some module had not run
         self._fired = False
         self._blocks = checkpointing_blocks(net)
         self._gates = [GateHook(self.bank, i) for i in range(len(layers))]
@@ -61,27 +64,60 @@ class Binding:
         self.require_live()
         # an outer block may have bound another kind of draw, which stays in force
         parts = {**(self.bank.parts or {}), **parts}
+        judged = self.passes
         with (
             self.bank.holding(parts),
             carried_by_checkpointing(self._blocks, self.bank),
         ):
             yield
         # A block without a forward pass shows nothing about the layers that it reaches.
-        if any(gate.fired for gate in self._gates):
+        if judged == self.passes and any(gate.fired for gate in self._gates):
             self.check_fired()
 
-    def check_fired(self) -> None:
-        """Raise a RuntimeError if forward passes so far left some LoRA module out."""
+    def unreached(self) -> list[str]:
+        """The LoRA modules that no forward pass has run so far."""
+        return [n for n, gate in zip(self.layers, self._gates) if not gate.fired]
+
+    def check_fired(self, again: Callable[[], object] | None = None) -> None:
+        """Judge the forward passes so far; the model calls this after each.
+
+        Training may drop layers. In any mode, a router may send nothing to a module
+        beside others of its kind. Such modules are given several passes.
+
+        Args:
+            again: Repeats the last pass. If the first one in training mode left a
+                module out, its repetition in eval mode shows whether it was dropped.
+
+        Raises:
+            RuntimeError: If some LoRA module has not run, and should have by now.
+        """
         if self._fired:
             return
-        silent = [n for n, gate in zip(self.layers, self._gates) if not gate.fired]
-        if silent:
+        if again and self.passes == 0 and self.unreached() and self.net.training:
+            device = next(self.net.parameters()).device
+            # A run that is killed and resumed judges once more, from the same state.
+            state = torch.random.fork_rng([device] if device.type == "cuda" else [])
+            with in_eval_mode(self.net), torch.no_grad(), state:
+                again()
+                self.check_fired()
+            return
+        self.passes += 1
+        silent = self.unreached()
+        seen = {_kind(name) for name in self.layers if name not in silent}
+        alone = [name for name in silent if _kind(name) not in seen]
+        training = any(module.training for module in self.net.modules())
+        if silent and self.passes >= _PASSES or alone and not training:
             raise RuntimeError(
-                f"the forward pass never reached the LoRA modules {silent}, so draws "
-                f"of their rank components have no effect; leave them out of "
-                f"target_modules (LoraConfig's exclude_modules)"
+                f"in {self.passes} forward passes the network never reached the LoRA "
+                f"modules {silent}, so draws of their rank components have no effect. "
+                f"If fused LoRA kernels compute them (Unsloth, or axolotl's "
+                f"lora_mlp_kernel, lora_qkv_kernel, lora_o_kernel), turn the kernels "
+                f"off. If training drops layers (layerdrop) or a router sends them no "
+                f"token, set layerdrop to 0, or leave rarely used experts out. "
+                f"Otherwise leave them out of target_modules (LoraConfig's "
+                f"exclude_modules)"
             )
-        self._fired = True
+        self._fired = not silent
 
     def require_live(self) -> None:
         """Raise a RuntimeError unless a draw can enter the forward pass."""
@@ -123,3 +159,21 @@ class Binding:
         """Take every hook off."""
         for hooks, key, _ in own_hooks(self._hooked, self.bank):
             del hooks[key]
+
+
+def _kind(name: str) -> str:
+    """A module's name without its numbers, which layers and experts differ in."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+@contextmanager
+def in_eval_mode(net: nn.Module) -> Iterator[None]:
+    """Run a network in eval mode within the block; its mode is restored."""
+    # Module by module: users keep parts of a training network in eval mode.
+    was_training = [module for module in net.modules() if module.training]
+    net.eval()
+    try:
+        yield
+    finally:
+        for module in was_training:
+            module.training = True

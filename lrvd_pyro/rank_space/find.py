@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable
+from typing import Any
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -10,7 +11,9 @@ from torch import nn
 from lrvd_pyro._compat.torch import is_compiled
 from lrvd_pyro.rank_space.constant import Constant
 
-__all__ = ["find_layers", "pick_adapter"]
+__all__ = ["PREFIX", "active_adapters", "find_layers", "pick_adapter", "plain_net"]
+
+PREFIX = "base_model.model."  # before the names of a PeftModel's modules
 
 # An allow-list, since a hook fails in silence elsewhere: PEFT's MultiheadAttention and
 # ParamWrapper layers have a module lora_B and never call it. To admit another kind,
@@ -19,41 +22,72 @@ _GATED = {"Linear", "Conv1d", "Conv2d", "Conv3d", "Linear8bitLt", "Linear4bit"}
 _VARIANTS = {"DoraLinearVariant"}
 
 
-def pick_adapter(net: PeftModel, adapter: str | None) -> str:
+def plain_net(net: nn.Module) -> Any:
+    """The user's own network, which a PeftModel wraps, or which ``add_adapter`` filled.
+
+    Its LoRA layers stay inside.
+    """
+    return net.get_base_model() if isinstance(net, PeftModel) else net
+
+
+def active_adapters(net: nn.Module) -> list[str]:
+    """The names of the active adapters, as the first LoRA layer of a network has them.
+
+    A PeftModel has a property of this name, and Transformers' networks a method.
+    """
+    if isinstance(net, PeftModel):
+        return list(net.active_adapters)
+    layers = (m for m in net.modules() if isinstance(m, LoraLayer))
+    return list(next(layers).active_adapters)
+
+
+def _has_lora(net: object) -> bool:
+    """Whether PEFT put LoRA layers into a network, as a PeftModel or without one."""
+    if not isinstance(net, nn.Module) or not hasattr(net, "peft_config"):
+        return False
+    return isinstance(net, PeftModel) or any(
+        isinstance(module, LoraLayer) for module in net.modules()
+    )
+
+
+def pick_adapter(net: nn.Module, adapter: str | None) -> str:
     """The name of an adapter that exists: the given one, or the single active one.
 
     Args:
-        net: A PEFT model.
+        net: A PEFT model, or a network with an adapter of its own.
         adapter: The adapter's name; None takes the single active one.
 
     Raises:
-        TypeError: If ``net`` is not a PEFT model.
+        TypeError: If ``net`` has no LoRA layers.
         ValueError: If the adapter is unknown, or if not exactly one is active.
     """
-    if not isinstance(net, PeftModel):
-        compiled = isinstance(getattr(net, "_orig_mod", None), PeftModel)
+    if not _has_lora(net):
+        config = "LoraConfig(r=8, ...)"
+        way = f"get_peft_model(net, {config}), or net.add_adapter({config})"
+        if _has_lora(getattr(net, "_orig_mod", None)):
+            way = "make the model first, then net.compile()"
         raise TypeError(
-            f"net is a {type(net).__name__}; expected a PEFT model: "
-            + ("make the model first, then net.compile()" if compiled else "")
-            + ("" if compiled else "get_peft_model(net, LoraConfig(r=8, ...))")
+            f"net is a {type(net).__name__}; expected a PEFT model, or a network with "
+            f"LoRA layers: {way}"
         )
     if adapter is None:
-        active: list[str] = net.active_adapters
+        active = active_adapters(net)
         if len(active) != 1:
             raise ValueError(f"adapters {active} are active; name one: adapter=...")
         return active[0]
-    if adapter not in net.peft_config:
+    known: Any = net.peft_config
+    if adapter not in known:
         raise ValueError(
-            f"adapter {adapter!r} is unknown; the network has {list(net.peft_config)}"
+            f"adapter {adapter!r} is unknown; the network has {list(known)}"
         )
     return adapter
 
 
-def find_layers(net: PeftModel, adapter: str, *, linear: bool) -> dict[str, LoraLayer]:
+def find_layers(net: nn.Module, adapter: str, *, linear: bool) -> dict[str, LoraLayer]:
     """The LoRA layers of an adapter by their names in the network without PEFT.
 
     Args:
-        net: A PEFT model.
+        net: A PEFT model, or a network with an adapter of its own.
         adapter: The adapter's name.
         linear: Whether weights will be drawn, which only linear layers allow.
 
@@ -63,8 +97,8 @@ def find_layers(net: PeftModel, adapter: str, *, linear: bool) -> dict[str, Lora
         RuntimeError: If ``net`` or a part of it is compiled already.
     """
     layers = {
-        name.removeprefix("base_model.model."): layer
-        for name, layer in net.named_modules()
+        name: layer
+        for name, layer in plain_net(net).named_modules()
         if isinstance(layer, LoraLayer) and adapter in layer.r
     }
     if not layers:
@@ -107,10 +141,10 @@ def _check_layer(name: str, layer: LoraLayer, adapter: str, linear: bool) -> Non
         )
 
 
-def _refuse_attention_parts(net: PeftModel, names: Iterable[str]) -> None:
+def _refuse_attention_parts(net: nn.Module, names: Iterable[str]) -> None:
     """Refuse ``out_proj`` of nn.MultiheadAttention, which reads only its weight."""
     for name in names:
-        parent = net.get_submodule(f"base_model.model.{name}".rpartition(".")[0])
+        parent = plain_net(net).get_submodule(name.rpartition(".")[0])
         if isinstance(parent, nn.MultiheadAttention):
             raise TypeError(
                 f"{name!r} belongs to an nn.MultiheadAttention, which reads the weight "

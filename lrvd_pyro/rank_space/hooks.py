@@ -134,7 +134,10 @@ def obstacle(layer: LoraLayer, adapter: str, gate: GateHook) -> tuple[str, str] 
     if layer.merged:
         return "is merged", "call net.unmerge_adapter()"
     if layer.disable_adapters:
-        return "is disabled", "leave net.disable_adapter(), or call net(**batch) itself"
+        return "is disabled", (
+            "leave net.disable_adapter(), or call net(**batch) itself; without a "
+            "PeftModel, call net.enable_adapters()"
+        )
     if adapter not in layer.active_adapters:
         return "is not active", f"call net.set_adapter({adapter!r})"
     return None

@@ -6,12 +6,11 @@ of gates, or drawn weights A and B, into the forward pass. It does not know infe
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -41,7 +40,7 @@ class RankSpace:
             net(**batch)
 
     Args:
-        net: A PEFT model with a LoRA adapter.
+        net: A PEFT model, or a Transformers one after ``net.add_adapter``, with LoRA.
         adapter: The adapter's name; None takes the single active one.
         sides: The weights that `bind_weights` will draw; gates need none.
 
@@ -53,7 +52,7 @@ class RankSpace:
         constants: LoRA modules by name that have no rank left, only a bias.
 
     Raises:
-        TypeError: If ``net`` is not a PEFT model, or a layer kind cannot be gated; or
+        TypeError: If ``net`` has no LoRA layers, or a layer kind cannot be gated; or
             if ``sides`` are given while gates act about a center.
         ValueError: If the adapter is unknown, ambiguous or has no LoRA layer.
         RuntimeError: If ``net`` or a part of it is compiled already.
@@ -61,12 +60,12 @@ class RankSpace:
 
     def __init__(
         self,
-        net: PeftModel,
+        net: nn.Module,
         adapter: str | None = None,
         *,
         sides: tuple[Side, ...] = (),
     ) -> None:
-        self.net = net
+        self.net: Any = net
         self.adapter = pick_adapter(net, adapter)
         every = find_layers(net, self.adapter, linear=bool(sides))
         layers = {n: m for n, m in every.items() if not is_constant(m, self.adapter)}
@@ -266,9 +265,9 @@ class RankSpace:
         """Remove every hook; weights, centers and biases stay."""
         self.binding.close()
 
-    def check_fired(self) -> None:
+    def check_fired(self, again: Callable[[], object] | None = None) -> None:
         """Raise a RuntimeError if forward passes so far left some LoRA module out."""
-        self.binding.check_fired()
+        self.binding.check_fired(again)
 
     def require_live(self) -> None:
         """Raise a RuntimeError unless a draw can enter the forward pass."""

@@ -6,7 +6,8 @@ is exact for DoRA too, whose norm depends on ``scaling B A`` alone.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +15,13 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 
+from lrvd_pyro._compat.peft import unloaded
 from lrvd_pyro._compat.transformers import attention_implementation
 from lrvd_pyro.batches import Batch, without_labels
 from lrvd_pyro.inference.programs import Guide
 from lrvd_pyro.models.base import RankModel, evaluating
 from lrvd_pyro.predictive.predictive import posterior_mean
+from lrvd_pyro.rank_space.find import active_adapters, plain_net
 from lrvd_pyro.storage.atomic import AnyPath, written_whole
 from lrvd_pyro.storage.mean_adapter import (
     MeanModule,
@@ -42,7 +45,7 @@ _Mode = Literal["pruned", "padded", "merged"]
 
 # Initializations that subtract the first B A from the base weights.
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-_HALF = (torch.bfloat16, torch.float16)
+_HALF = {torch.bfloat16, torch.float16}
 _PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_B.center")
 
 
@@ -85,7 +88,7 @@ def export_peft(
         ValueError: If ``path`` is not empty; if nothing is left to export; if the
             adapter alone does not make the network; if "merged" meets a bias and a
             layer without one; or if the probe's logits differ by more than 1e-5 of the
-            largest (2e-2 in half precision). Nothing is written then.
+            largest (2e-2 in half precision, autocast too). Nothing is written then.
         TypeError: If a layer cannot be padded, or "merged" meets a network that is not
             a Transformers one.
         RuntimeError: If the adapter is merged, disabled, inactive or deleted.
@@ -154,14 +157,14 @@ def merge(model: RankModel, guide: Guide) -> Any:
         ValueError: If the adapter has a bias where the layer has none.
     """
     net, adapter = model.base_net, model.space.adapter
-    if not hasattr(net.get_base_model(), "save_pretrained"):
+    if not hasattr(plain_net(net), "save_pretrained"):
         raise TypeError(
             f'mode="merged" writes a Transformers network, and this one is a '
-            f'{type(net.get_base_model()).__name__}; use mode="pruned"'
+            f'{type(plain_net(net)).__name__}; use mode="pruned"'
         )
     twin = copy.deepcopy(net)
     for name, mean in mean_modules(model, guide, drop=False).items():
-        layer: Any = twin.get_submodule(PREFIX + name)
+        layer: Any = plain_net(twin).get_submodule(name)
         layer.lora_A[adapter].weight.data = mean.lora_A.detach()
         layer.lora_B[adapter].weight.data = mean.lora_B.detach()
         # By this flag PEFT merges a bias, and fails where the layer has none. A bias of
@@ -175,7 +178,7 @@ def merge(model: RankModel, guide: Guide) -> Any:
                 f"the adapter has a bias in {name!r}, whose layer has none to merge it "
                 f'into; use mode="pruned", or centered=False before ranks are removed'
             )
-    return twin.merge_and_unload(adapter_names=[adapter])
+    return unloaded(twin, [adapter])
 
 
 def _lora_tensors(
@@ -192,10 +195,10 @@ def _lora_tensors(
 
 def _refuse_other_adapters(model: RankModel) -> None:
     """Raise if another adapter shapes the logits too."""
-    active, adapter = model.base_net.active_adapters, model.space.adapter
-    if list(active) != [adapter]:
+    active, adapter = active_adapters(model.base_net), model.space.adapter
+    if active != [adapter]:
         raise ValueError(
-            f"adapters {list(active)} are active, but {adapter!r} alone would be "
+            f"adapters {active} are active, but {adapter!r} alone would be "
             f"written; call net.set_adapter({adapter!r})"
         )
 
@@ -230,26 +233,49 @@ def _compare(
     """Raise unless a written folder gives the logits of the mean adapter."""
     net = model.base_net
     inputs = without_labels(probe)
+    device = next(net.parameters()).device.type
     with evaluating(model), torch.no_grad():
-        with posterior_mean(model, guide):
+        with posterior_mean(model, guide), _autocasts(net, device) as seen:
             expected = model.predictions(**inputs)
-        output = _reload(folder, net, mode).eval()(**inputs)
+        loaded = _reload(folder, net, mode).eval()
+        # Accelerate's autocast stands in the forward of the network that it prepared,
+        # which the export does not have.
+        with torch.autocast(device, next(iter(seen), None), enabled=bool(seen)):
+            output = loaded(**inputs)
     error = float((getattr(output, "logits", output) - expected).abs().max())
     largest = float(expected.abs().max())
-    half = any(p.dtype in _HALF for p in net.parameters())
+    half = sorted(str(d) for d in seen | {p.dtype for p in net.parameters()} & _HALF)
     tolerance = 2e-2 if half else 1e-5
     if not error <= tolerance * largest:  # NaN is refused too
         raise ValueError(
             f"loaded again, the export's logits differ by {error:.2g} from the mean "
             f"adapter's, whose largest is {largest:.2g}; expected {tolerance} of that "
-            f"at most. Nothing was written. If net.eval()(**probe) gives the same "
-            f"logits twice, please report this message"
+            f"at most{' in ' if half else ''}{', '.join(half)}. Nothing was written. "
+            f"If net.eval()(**probe) gives the same logits twice, please report this "
+            f"message"
         )
 
 
-def _reload(folder: Path, net: PeftModel, mode: _Mode) -> nn.Module:
+@contextmanager
+def _autocasts(net: nn.Module, device: str) -> Iterator[set[torch.dtype]]:
+    """The precisions that autocast sets in the forward passes within the block."""
+    seen: set[torch.dtype] = set()
+
+    def look(*_: object) -> None:
+        if torch.is_autocast_enabled(device):
+            seen.add(torch.get_autocast_dtype(device))
+
+    hooks = [module.register_forward_pre_hook(look) for module in net.modules()]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _reload(folder: Path, net: nn.Module, mode: _Mode) -> nn.Module:
     """Load an export by plain Transformers, or by plain PEFT on a copy of the base."""
-    base: Any = net.get_base_model()
+    base: Any = plain_net(net)
     if mode == "merged":
         # Another attention kernel or precision would round its logits differently.
         attention = attention_implementation(base)
@@ -257,5 +283,5 @@ def _reload(folder: Path, net: PeftModel, mode: _Mode) -> nn.Module:
             folder, dtype=base.dtype, attn_implementation=attention
         )
         return loaded.to(base.device)
-    plain: PeftModel = PeftModel.from_pretrained(copy.deepcopy(net).unload(), folder)
+    plain: PeftModel = PeftModel.from_pretrained(unloaded(copy.deepcopy(net)), folder)
     return plain

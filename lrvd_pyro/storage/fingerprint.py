@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from lrvd_pyro.rank_space.find import plain_net
 from lrvd_pyro.storage.peft_files import plain_name
 
 __all__ = ["Fingerprint", "check_base", "differences", "fingerprint"]
@@ -28,7 +30,7 @@ def fingerprint(net: nn.Module, without: Collection[str]) -> Fingerprint:
         net: A network, with PEFT or without.
         without: Names of parameters that come with the adapter, such as a head's.
     """
-    base = net.get_base_model() if isinstance(net, PeftModel) else net
+    base = plain_net(net)
     return {
         name: _sketch(parameter)
         for full, parameter in base.named_parameters()
@@ -48,13 +50,19 @@ def check_base(
         saved: Names of the tensors that come with the adapter.
 
     Raises:
-        TypeError: If ``net`` is a PEFT model.
+        TypeError: If ``net`` is a PEFT model, or has adapters of its own.
         ValueError: If ``net`` is another base.
     """
     if isinstance(net, PeftModel):
         raise TypeError(
             f"net is a {type(net).__name__}; expected the base without PEFT, since "
             f"load adds the saved adapter itself: load(path, net.unload())"
+        )
+    if any(isinstance(module, BaseTunerLayer) for module in net.modules()):
+        raise TypeError(
+            f"net is a {type(net).__name__} with adapters of its own; expected the "
+            f"base without PEFT, since load adds the saved adapter itself: make net by "
+            f"from_pretrained(...), without net.add_adapter"
         )
     present = fingerprint(net, {plain_name(name) for name in saved})
     if unlike := differences(present, config["base"]):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.rank_space.constant import give_bias, hold_constant
+from lrvd_pyro.rank_space.find import PREFIX, plain_net
 
 __all__ = [
     "ADAPTER",
@@ -29,7 +30,6 @@ __all__ = [
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER = "adapter_model.safetensors"
-PREFIX = "base_model.model."  # before the names of a PeftModel's modules
 
 
 def plain_name(name: str) -> str:
@@ -41,11 +41,10 @@ def plain_name(name: str) -> str:
 
 def module_names(net: nn.Module) -> list[str]:
     """The names of all modules as without PEFT, and of those that PEFT adds."""
-    base = net.get_base_model() if isinstance(net, PeftModel) else net
-    return [plain_name(name) for name, _ in base.named_modules()]
+    return [plain_name(name) for name, _ in plain_net(net).named_modules()]
 
 
-def adapter_state(net: PeftModel, adapter: str) -> dict[str, Tensor]:
+def adapter_state(net: nn.Module, adapter: str) -> dict[str, Tensor]:
     """The parameters that PEFT would save of an adapter, heads included, uncopied."""
     state: dict[str, Tensor] = get_peft_model_state_dict(
         net,
@@ -54,7 +53,10 @@ def adapter_state(net: PeftModel, adapter: str) -> dict[str, Tensor]:
         # "auto" would save embeddings, and may ask the Hugging Face Hub about the base.
         save_embedding_layers=False,
     )
-    return state
+    if isinstance(net, PeftModel):
+        return state
+    # As Transformers' save_pretrained names them, for PeftModel.from_pretrained.
+    return {PREFIX + name: tensor for name, tensor in state.items()}
 
 
 def live_config(model: RankModel) -> LoraConfig:
@@ -92,10 +94,10 @@ def lora_config(
 
 
 def write_adapter(
-    folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor], net: PeftModel
+    folder: Path, config: LoraConfig, tensors: Mapping[str, Tensor], net: nn.Module
 ) -> None:
     """Write what PEFT's ``save_pretrained`` writes, except its README."""
-    base = type(net.get_base_model())
+    base = type(plain_net(net))
     known = {"base_model_class": base.__name__, "parent_library": base.__module__}
     # As PEFT: without a task type, AutoPeftModel finds the base's class by this.
     auto_mapping = known if config.task_type is None else None

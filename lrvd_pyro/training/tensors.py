@@ -13,6 +13,7 @@ from lrvd_pyro.guides.base import RankGuide
 from lrvd_pyro.inference.param_store import waits_for_first_call
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.rank_space.center import center_at, center_of
+from lrvd_pyro.rank_space.find import plain_net
 from lrvd_pyro.rank_space.removal import Cuts
 from lrvd_pyro.selection.removal import check_pair, prior_cuts
 from lrvd_pyro.storage.fingerprint import Fingerprint, differences, fingerprint
@@ -181,7 +182,7 @@ def check_layout(
 
 def base_of(model: RankModel) -> Fingerprint:
     """The fingerprint of the frozen base."""
-    base = model.base_net.get_base_model()
+    base = plain_net(model.base_net)
     named = base.named_parameters()
     return fingerprint(base, {plain_name(n) for n, p in named if p.requires_grad})
 

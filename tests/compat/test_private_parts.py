@@ -8,6 +8,7 @@ import pyro
 import pytest
 import torch
 from nets import bert, perceptron, tokens
+from peft import LoraConfig
 from peft import helpers as peft_helpers
 from pyro import poutine
 from pyro.infer import MCMC, NUTS
@@ -79,6 +80,44 @@ def test_peft_activates_no_other_adapter_where_one_is_deleted() -> None:
     peft.delete_from_layer(layer, "default")
     assert "default" not in layer.lora_A and "second" in layer.lora_A
     assert layer.active_adapters == ["default"], "LoraLayer._active_adapter has changed"
+
+
+@pytest.mark.parametrize("merge", [(), ("default",)])
+def test_peft_unloads_a_network_that_add_adapter_adapted(merge: Any) -> None:
+    """With a token adapter, which holds a layer of PEFT. The trained head stays."""
+    net: Any = copy.deepcopy(bert()).unload()
+    before = copy.deepcopy(net)
+    options = {"target_modules": ["query"], "modules_to_save": ["classifier"]}
+    config = LoraConfig(**options, trainable_token_indices=[3, 4])
+    net.add_adapter(config)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn_like(parameter)
+    batch = tokens(labels=False)
+    adapted = net.eval()(**batch).logits
+    head = net.classifier.modules_to_save["default"].state_dict()
+    before.classifier.load_state_dict(head)
+    plain = peft.unloaded(net, merge)
+    assert plain is net and type(plain.classifier) is nn.Linear
+    assert plain.state_dict().keys() == before.state_dict().keys()
+    found, expected = plain(**batch).logits, before.eval()(**batch).logits
+    torch.testing.assert_close(found, adapted if merge else expected)
+    assert (adapted - expected).abs().max() > 1e-3
+
+
+def test_transformers_saves_a_network_whole_that_forgot_its_adapters(
+    tmp_path: Path,
+) -> None:
+    net: Any = copy.deepcopy(bert()).unload()
+    net.add_adapter(LoraConfig(target_modules=["query"]))
+    net.save_pretrained(tmp_path / "with")
+    transformers.forget_adapters(net)
+    with pytest.raises(ValueError, match="No adapter loaded"):
+        net.active_adapters()  # if this passes, _hf_peft_config_loaded has changed
+    net.save_pretrained(tmp_path / "without")
+    names = {p.name for p in tmp_path.glob("*/*.safetensors")}
+    assert names == {"adapter_model.safetensors", "model.safetensors"}
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")

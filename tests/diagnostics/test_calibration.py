@@ -13,6 +13,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from torch import Tensor
 
 from lrvd_pyro.diagnostics.calibration import calibration_report, risk_coverage, scores
+from lrvd_pyro.diagnostics.scores import calibration_bins
 from lrvd_pyro.likelihoods.categorical import Categorical, CategoricalPrediction
 from lrvd_pyro.likelihoods.normal import NormalPrediction
 
@@ -167,6 +168,41 @@ def test_good_uncertainty_scores_better_than_bad() -> None:
     lost = calibration_report(p, y[shuffled], num_bootstrap=200)
     assert report.failure_auroc.low > 0.6 > lost.failure_auroc.value
     assert report.aurc.high < lost.aurc.low
+
+
+def of_two_classes(first: Tensor) -> CategoricalPrediction:
+    """Probabilities of the first of two classes."""
+    none = torch.zeros(len(first))
+    return CategoricalPrediction(torch.stack([first, 1 - first], 1), none, none)
+
+
+def test_a_label_of_probability_0_costs_a_finite_nll() -> None:
+    p, y = of_two_classes(torch.tensor([1.0, 0.5])), torch.tensor([1, 0])
+    worst = -math.log(1e-12)
+    expected = (worst + math.log(2)) / 2
+    assert scores(p.probs, y)["nll"] == pytest.approx(expected)
+    report = calibration_report(p, y, num_bootstrap=200)
+    assert report.nll.value == pytest.approx(expected)
+    assert report.nll.high == pytest.approx(worst)
+
+
+def test_confidences_of_1_have_a_bin_of_their_own_in_the_interval_too() -> None:
+    """As in torchmetrics; in one bin with those of .95 the gaps would cancel."""
+    sure = torch.arange(4000) < 2000
+    p = of_two_classes(torch.where(sure, 1.0, 0.95).double())
+    report = calibration_report(p, sure.long(), num_bootstrap=200)
+    assert report.ece.value == pytest.approx((1 + 0.05) / 2, rel=1e-4)
+    assert report.ece.low < report.ece.value < report.ece.high
+    assert report.ece.low > (1 - 0.05) / 2  # the twin: one bin for both
+
+
+def test_confidences_at_an_edge_lie_in_the_bin_of_torchmetrics() -> None:
+    """Its edges are of single precision; the twin is off by one in double."""
+    edges, at = torch.linspace(0, 1, 16, dtype=torch.float).double(), torch.arange(16)
+    assert torch.equal(calibration_bins(edges), at)
+    assert torch.equal(calibration_bins((edges - 1e-10)[1:]), at[:-1])
+    double = torch.bucketize(edges, torch.linspace(0, 1, 16), right=True) - 1
+    assert not torch.equal(double, at)
 
 
 @pytest.mark.parametrize("right", [True, False])

@@ -132,6 +132,15 @@ def test_the_distances_from_the_diagonal_add_up_to_ece() -> None:
     assert bars[3].get_x() == pytest.approx(3 / 15) and len(bars) == 15
 
 
+def test_a_confidence_of_1_is_in_the_last_bar() -> None:
+    probs, none = torch.tensor([[1.0, 0.0], [0.99, 0.01], [1.0, 0.0]]), torch.zeros(3)
+    p = CategoricalPrediction(probs, none, none)
+    ax = plots.reliability_diagram(p, torch.tensor([0, 0, 1]))
+    assert len(ax.containers[0]) == 15
+    assert ax.containers[0][14].get_height() == pytest.approx(2 / 3)
+    assert ax.patches[-1].get_data().values[14] == pytest.approx(1)
+
+
 def test_the_risk_curve_ends_at_the_error_rate_and_has_the_area() -> None:
     p, labels = predicted()
     ax = plots.risk_coverage_curve(p, labels, label="GateLoRA")

@@ -122,6 +122,18 @@ def test_means_are_those_of_tokens_that_matter() -> None:
     assert (grams.means[name] - hidden[0].mean((0, 1))).abs().max() > 1e-3
 
 
+def test_second_moments_about_a_stale_center_are_those_of_the_activations() -> None:
+    """A center stays while A trains: the mean has moved away from it."""
+    net, batch = regression(outputs=4), {"x": 1.0 + torch.randn(40, 5)}
+    ((a, _),) = weights(net)
+    grams = found(net, [batch])
+    h, stale = (batch["x"] @ a.T).detach(), torch.randn(3)
+    about = grams.centered({"linear": stale}).activations["linear"]
+    exactly(about, (h - stale).T @ (h - stale) / len(h))
+    covariance = grams.centered().activations["linear"]
+    assert (about - covariance).abs().max() > 0.1  # the twin: about the mean
+
+
 def test_centered_hankel_values_are_the_same_from_any_gauge() -> None:
     net, batch = bert(), tokens(12)
     before = hankel_values(found(net, [batch]).centered())

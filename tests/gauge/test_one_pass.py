@@ -1,12 +1,14 @@
 """From Fisher information to noise, and from a trained adapter to a posterior."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyro
 import pytest
 import torch
 from gauges import seeded
-from nets import bert, perceptron, regression, tokens
+from nets import bert, hooks, perceptron, regression, tokens
 from peft import AutoPeftModelForSequenceClassification
 from pyro.infer import SVI
 from torch import Tensor
@@ -196,6 +198,35 @@ def test_batches_that_end_and_priors_without_closed_form_change_nothing() -> Non
         bayesianize(bare, [], likelihood=Categorical())
     assert not any(module._forward_pre_hooks for module in bare.modules())
     assert all(torch.equal(before[name], p) for name, p in net.named_parameters())
+
+
+class Interrupted(list[Any]):
+    """Batches whose reader is interrupted at the end of its n-th pass."""
+
+    def __init__(self, batches: list[Any], passes: int) -> None:
+        super().__init__(batches)
+        self.passes = passes
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from super().__iter__()
+        self.passes -= 1
+        if not self.passes:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_an_interrupted_bayesianize_leaves_nothing_in_pyros_store(passes: int) -> None:
+    net, x = regression(), torch.randn(20, 5)
+    batch = {"x": x, "labels": torch.randn(20)}
+    with pytest.raises(KeyboardInterrupt):
+        stopped = Interrupted([batch], passes)
+        bayesianize(net, stopped, likelihood=Normal(), num_data=20)
+    assert not pyro.get_param_store().keys()
+    assert hooks(net) == 0
+    model, _ = bayesianize(net, [batch], likelihood=Normal(), num_data=20)
+    assert pyro.get_param_store().keys()  # the twin: what is left if nothing stops it
+    model.release()
+    assert not pyro.get_param_store().keys()
 
 
 def test_a_loader_leaves_the_global_random_state_alone() -> None:

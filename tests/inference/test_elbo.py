@@ -170,3 +170,37 @@ def test_positive_constraint_of_learned_noise_trains() -> None:
         svi.step(x=x, labels=torch.zeros(20))
     assert float(model.likelihood.scale.detach()) < 3.0
     assert constraints.positive.check(model.likelihood.scale)
+
+
+def plated_model(x: Tensor, labels: Tensor | None = None) -> None:
+    """The gates of `flat_model`, in a plate of three beside an event of two."""
+    with pyro.plate("groups", 3, dim=-1):
+        gate = pyro.sample("gate", dist.Normal(torch.ones(2), 2.0).to_event(1))
+    regress(gate.flatten(-2), x, labels)
+
+
+def plated_guide(x: Tensor, labels: Tensor | None = None) -> None:
+    loc, scale = torch.linspace(-1, 1, R), torch.linspace(0.3, 0.9, R)
+    normal = dist.Normal(loc.view(3, 2), scale.view(3, 2)).to_event(1)
+    with pyro.plate("groups", 3, dim=-1):
+        pyro.sample("gate", normal)
+
+
+def test_examples_stand_left_of_the_plates_of_a_program() -> None:
+    with PerExample(B), poutine.trace() as run:
+        plated_guide(FEATURES[:B])
+        with pyro.plate("outer", 4, dim=-2), pyro.plate("inner", 3, dim=-1):
+            pyro.sample("pairs", dist.Normal(torch.zeros(3), 1.0))
+    run.trace.compute_log_prob()
+    for name, shape in (("gate", (B, 3, 2)), ("pairs", (B, 4, 3))):
+        site = run.trace.nodes[name]
+        assert tuple(site["value"].shape) == shape
+        assert len(site["value"].unique(dim=0)) == B
+        total = site["fn"].log_prob(site["value"]).sum()
+        torch.testing.assert_close(site["log_prob_sum"], total / B)
+
+
+def test_loss_of_gates_in_a_plate_is_unbiased() -> None:
+    expected = flat_elbo()
+    mean, error = estimate(lrvd.RankELBO(), plated_model, plated_guide, 1500)
+    assert abs(mean - (expected[1] - expected[0])) < 5 * error

@@ -92,3 +92,15 @@ def test_weights_of_the_wrong_length_are_refused() -> None:
         with pytest.raises(ValueError, match=r"drawn weights have shape .*\(15,\) or"):
             with space.bind_weights(torch.ones(shape)):
                 pass
+
+
+def test_dora_refuses_drawn_weights_and_gates_per_example() -> None:
+    """As many examples as B has rows: the rows of its norm's identity would fit."""
+    net, x = nets.perceptron(use_dora=True), torch.randn(5, 5)
+    space = RankSpace(net, sides=AB)
+    values = flat(space).expand(5, -1)
+    message = "DoRA layer 'hidden' takes one draw .*RankELBO\\(noise=\"batch\"\\)"
+    for bind, rows in ((space.bind_weights, values), (space.bind, torch.ones(5, 8))):
+        with pytest.raises(ValueError, match=message):
+            with bind(rows):
+                net(x)

@@ -4,13 +4,12 @@ from typing import Any
 
 import nets
 import pytest
-import torch
 from nets import hooks
 from peft.tuners.lora.config import VeloraConfig
 from torch import Tensor, nn
 
 from lrvd_pyro import RankSpace
-from lrvd_pyro.models import FactorLoRA, GateLoRA
+from lrvd_pyro.models import FactorLoRA
 
 
 class Assorted(nn.Module):
@@ -22,7 +21,6 @@ class Assorted(nn.Module):
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.linear = nn.Linear(8, 8)
         self.conv = nn.Conv2d(3, 4, 3)
-        self.idle = nn.Linear(8, 8)
 
     def prepare_inputs_for_generation(self) -> None:
         """PEFT requires this method of a causal language model."""
@@ -81,31 +79,6 @@ def test_drawn_weights_need_linear_layers() -> None:
     message = "'first' is a LoRA Conv2d layer; drawn weights.*use models.GateLoRA"
     with pytest.raises(TypeError, match=message):
         FactorLoRA(nets.conv(), num_data=10)
-
-
-def test_a_module_that_the_first_forward_pass_does_not_reach_is_an_error() -> None:
-    net = nets.lora(Assorted(), target_modules=["linear", "idle"])
-    space = RankSpace(net)
-    with pytest.raises(
-        RuntimeError, match=r"never reached .*\['idle'\].*leave them out"
-    ):
-        with space.bind(torch.ones(space.size)):
-            net(torch.randint(0, 10, (2, 3)))
-
-
-def test_a_model_none_of_whose_modules_is_reached_is_an_error() -> None:
-    model = GateLoRA(nets.lora(Assorted(), target_modules=["idle"]), num_data=10)
-    with pytest.raises(RuntimeError, match=r"never reached .*\['idle'\]"):
-        model(x=torch.randint(0, 10, (2, 3)))
-
-
-def test_a_later_pass_may_leave_modules_out() -> None:
-    net = nets.perceptron()
-    space = RankSpace(net)
-    with space.bind(torch.ones(space.size)):
-        net(torch.randn(2, 5))
-    with space.bind(torch.ones(space.size)):
-        net.get_submodule("base_model.model.hidden")(torch.randn(2, 5))
 
 
 def test_lora_dropout_is_one_warning() -> None:
