@@ -92,9 +92,8 @@ def test_a_resnet_sees_one_network_per_example() -> None:
         close(together[b : b + 1], alone, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("driver", ["svi", "torch"])
-@pytest.mark.parametrize("noise", ["example", "batch"])
-def test_a_resnet_learns(driver: str, noise: Any) -> None:
+def fall(driver: str, noise: Any, lr: float) -> float:
+    """The loss of a ResNet after 30 steps, as a share of its loss at the start."""
     net = lora(resnet(), target_modules=["convolution"], modules_to_save=["classifier"])
     model = FactorLoRA(net, num_data=12, sides=PAIR)
     guide = TiedDiagonal(model)
@@ -102,11 +101,11 @@ def test_a_resnet_learns(driver: str, noise: Any) -> None:
     x = torch.randn(12, 3, 16, 16) + labels.view(-1, 1, 1, 1)
     batch = {"pixel_values": x, "labels": labels}
     elbo = RankELBO(noise=noise, kl_weight=1e-4)
-    groups = lrvd.optim.parameter_groups(model, guide, lr=1e-2)
+    groups = lrvd.optim.parameter_groups(model, guide, lr=lr)
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    svi = SVI(model, guide, lrvd.optim.AdamW(lr=1e-2), loss=elbo)
+    svi = SVI(model, guide, lrvd.optim.AdamW(lr=lr), loss=elbo)
     losses = []
-    for _ in range(40):
+    for _ in range(30):
         if driver == "svi":
             losses.append(svi.step(**batch))
             continue
@@ -115,7 +114,13 @@ def test_a_resnet_learns(driver: str, noise: Any) -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    return float(sum(losses[-5:]) / sum(losses[:5]))
+
+
+@pytest.mark.parametrize("driver", ["svi", "torch"])
+@pytest.mark.parametrize("noise", ["example", "batch"])
+def test_a_resnet_learns_and_does_not_without_steps(driver: str, noise: Any) -> None:
+    assert fall(driver, noise, 1e-2) < 0.8 < fall(driver, noise, 0.0)
 
 
 @KINDS
