@@ -9,7 +9,7 @@ from lrvd_pyro.likelihoods.base import Likelihood
 from lrvd_pyro.likelihoods.categorical import Categorical
 from lrvd_pyro.models.base import Factors, RankModel, SiteLabels, check_num_data
 from lrvd_pyro.priors.log_uniform import LogUniform
-from lrvd_pyro.rank_space.binding import Side
+from lrvd_pyro.rank_space.rows import Side
 from lrvd_pyro.rank_space.space import RankSpace
 
 __all__ = ["FactorLoRA"]
@@ -20,11 +20,13 @@ class FactorLoRA(RankModel):
 
     ``y = W0 x + scaling * B A x`` in every LoRA module, with A (and B) ~ prior. The one
     latent vector ``factor`` (K,) holds the weights themselves, rank component by rank
-    component: rows of A, then columns of B. Its prior is log-uniform on every element.
+    component: rows of A, then columns of B. In a convolution the row of a component is
+    its kernel. Its prior is log-uniform on every element.
     The guide `TiedDiagonal` centers it on the network's own weights, with one variance
     per rank component.
 
-    The KL counts ``in`` (and ``out``) elements per rank component. At the true ELBO it
+    The KL counts ``in`` (and ``out``) elements per rank component; in a convolution
+    ``in`` times the size of the kernel. At the true ELBO it
     outweighs a small data set and prunes every rank: use ``RankELBO(kl_weight=...)``
     below 1, and say so. With noise on A alone, ranks of large log alpha still carry
     signal; with noise on both sides they hardly do.
@@ -38,8 +40,8 @@ class FactorLoRA(RankModel):
         svi = SVI(model, TiedDiagonal(model), AdamW(), loss=RankELBO(kl_weight=0.1))
 
     Args:
-        net: A PEFT LoRA model on Linear or Conv1D layers, or a Transformers network
-            after ``net.add_adapter``.
+        net: A PEFT LoRA model on linear layers and convolutions, or a Transformers
+            network after ``net.add_adapter``.
         prior: `lrvd_pyro.priors.LogUniform`, the only one.
         likelihood: The distribution of labels given the network's logits; see
             `lrvd_pyro.likelihoods`.
@@ -48,8 +50,8 @@ class FactorLoRA(RankModel):
         adapter: The adapter's name; None takes the single active one.
 
     Raises:
-        TypeError: If ``net`` has no LoRA layers, a layer is not linear, the prior is
-            another one, or ``num_data`` is missing.
+        TypeError: If ``net`` has no LoRA layers, a layer's weights cannot be drawn, the
+            prior is another one, or ``num_data`` is missing.
         ValueError: If the adapter is ambiguous or ``sides`` is neither of the two.
 
     Source: the code published with Doyle, Chan, Hu and Leontjeva (2026, arXiv

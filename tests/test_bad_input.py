@@ -5,7 +5,7 @@ from typing import Any
 import pyro
 import pytest
 import torch
-from nets import bert, hooks, lora, regression, tokens
+from nets import bert, hooks, regression, tokens
 from pyro import distributions as dist
 from pyro.infer import SVI, Predictive
 from torch import Tensor
@@ -230,15 +230,6 @@ def test_factor_lora_has_one_prior_and_two_choices_of_sides() -> None:
         FactorLoRA(bert(), prior=scalar_scale, num_data=60)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"sides=\('lora_B',\); expected"):
         FactorLoRA(bert(), num_data=60, sides=("lora_B",))
-
-
-def test_conv_layers_are_for_gates_only() -> None:
-    conv = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3))
-    net = lora(conv, target_modules=["0"])
-    with pytest.raises(
-        TypeError, match="need Linear or Conv1D layers: use models.GateLoRA"
-    ):
-        FactorLoRA(net, num_data=60)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
+    "convolves",
     "forward_hooks",
     "in_backward",
     "is_compiled",
@@ -15,6 +16,21 @@ __all__ = [
     "tree_leaves",
     "tree_map",
 ]
+
+
+def convolves(module: nn.Module) -> bool:
+    """Whether a module computes what ``F.conv1d``, 2d or 3d does with its attributes.
+
+    Private, since a subclass may override ``_conv_forward`` in place of ``forward``.
+    """
+    own: Any = type(module)
+    return any(
+        isinstance(module, kind)
+        and module.padding_mode == "zeros"
+        and own.forward is kind.forward
+        and own._conv_forward is kind._conv_forward
+        for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    )
 
 
 def in_backward() -> bool:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -12,10 +11,9 @@ from lrvd_pyro._compat.transformers import checkpointing_blocks
 from lrvd_pyro.rank_space.bank import Bank, Parts
 from lrvd_pyro.rank_space.checkpointing import carried_by_checkpointing
 from lrvd_pyro.rank_space.hooks import GateHook, WeightHook, obstacle, own_hooks
+from lrvd_pyro.rank_space.rows import Side
 
-__all__ = ["Binding", "Side", "in_eval_mode"]
-
-Side = Literal["lora_A", "lora_B"]
+__all__ = ["Binding", "in_eval_mode"]
 
 _PASSES = 32  # at a layerdrop of .5, one of 1e9 layers is dropped in all of them
 

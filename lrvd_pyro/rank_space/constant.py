@@ -4,7 +4,7 @@ About a center c, rank activations h become ``c + z (h - c)``. The output of a r
 component at its center does not depend on the input. It is added to the bias of
 ``lora_B``, which PEFT calls ``lora_bias``. Center and bias are buffers of ``lora_B``:
 they follow the network's device, precision, copies and state, and are not trained.
-Where only the bias of a layer is left, `_Skipped` and `Constant` replace its A and B.
+Where only the bias of a layer is left, `_Skipped` and `_Constant` replace its A and B.
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,6 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 __all__ = [
-    "Constant",
     "constant",
     "give_bias",
     "groups_of",
@@ -79,11 +78,11 @@ def hold_constant(layer: LoraLayer, adapter: str) -> None:
     lora_A: Any = layer.lora_A[adapter]
     lora_B: Any = layer.lora_B[adapter]
     layer.lora_A[adapter] = _Skipped(lora_A.weight)
-    layer.lora_B[adapter] = Constant(lora_B.weight, lora_B.bias)
+    layer.lora_B[adapter] = _Constant(lora_B.weight, lora_B.bias)
 
 
 class _Skipped(nn.Module):
-    """Replaces the ``lora_A`` before a `Constant`, and passes its input through.
+    """Replaces the ``lora_A`` before a `_Constant`, and passes its input through.
 
     PEFT reads its weight, a row of zeros, for merging and for the precision.
     """
@@ -97,7 +96,7 @@ class _Skipped(nn.Module):
         return x
 
 
-class Constant(_Skipped):
+class _Constant(_Skipped):
     """Replaces a ``lora_B`` of which only the bias is left.
 
     Its output is the bias, which broadcasts over any input.
@@ -122,7 +121,7 @@ def is_frozen_bias(lora_B: nn.Module) -> bool:
 
 def is_constant(layer: LoraLayer, adapter: str) -> bool:
     """Whether `hold_constant` was called on the layer."""
-    return isinstance(layer.lora_B[adapter], Constant)
+    return isinstance(layer.lora_B[adapter], _Constant)
 
 
 def groups_of(layer: LoraLayer, adapter: str) -> int:

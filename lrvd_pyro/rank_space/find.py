@@ -8,8 +8,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from lrvd_pyro._compat.torch import is_compiled
-from lrvd_pyro.rank_space.constant import Constant
+from lrvd_pyro._compat.torch import convolves, is_compiled
+from lrvd_pyro.rank_space.constant import is_constant
 
 __all__ = ["PREFIX", "active_adapters", "find_layers", "pick_adapter", "plain_net"]
 
@@ -83,13 +83,15 @@ def pick_adapter(net: nn.Module, adapter: str | None) -> str:
     return adapter
 
 
-def find_layers(net: nn.Module, adapter: str, *, linear: bool) -> dict[str, LoraLayer]:
+def find_layers(
+    net: nn.Module, adapter: str, *, weights: bool
+) -> dict[str, LoraLayer]:
     """The LoRA layers of an adapter by their names in the network without PEFT.
 
     Args:
         net: A PEFT model, or a network with an adapter of its own.
         adapter: The adapter's name.
-        linear: Whether weights will be drawn, which only linear layers allow.
+        weights: Whether weights A and B will be drawn.
 
     Raises:
         TypeError: If a hook on a layer would do nothing or something else.
@@ -107,7 +109,9 @@ def find_layers(net: nn.Module, adapter: str, *, linear: bool) -> dict[str, Lora
             f"get_peft_model(net, LoraConfig(r=8, target_modules=[...]))"
         )
     for name, layer in layers.items():
-        _check_layer(name, layer, adapter, linear)
+        _check_layer(name, layer, adapter)
+        if weights and not is_constant(layer, adapter):
+            _check_weights(name, layer, adapter)
     _refuse_attention_parts(net, layers)
     _warn_of_dropout(layers, adapter)
     if is_compiled(net):
@@ -118,7 +122,7 @@ def find_layers(net: nn.Module, adapter: str, *, linear: bool) -> dict[str, Lora
     return layers
 
 
-def _check_layer(name: str, layer: LoraLayer, adapter: str, linear: bool) -> None:
+def _check_layer(name: str, layer: LoraLayer, adapter: str) -> None:
     """Refuse a layer on which a hook would do nothing or something else."""
     kind = type(layer).__name__
     variant = type(layer.lora_variant.get(adapter)).__name__
@@ -133,11 +137,18 @@ def _check_layer(name: str, layer: LoraLayer, adapter: str, linear: bool) -> Non
             f"{name!r} uses {variant}, which does not compute W0 x + scaling B diag(z) "
             f"A x; use plain LoRA, rsLoRA, or DoRA on linear layers"
         )
-    drawable = isinstance(layer.lora_B[adapter], nn.Linear | Constant)
-    if linear and not drawable:
+
+
+def _check_weights(name: str, layer: LoraLayer, adapter: str) -> None:
+    """Refuse a layer whose output does not follow from its weight alone."""
+    # PEFT makes A and B of the class of the convolution that they adapt
+    for module in (layer.lora_A[adapter], layer.lora_B[adapter]):
+        if isinstance(module, nn.Linear) or convolves(module):
+            continue
         raise TypeError(
-            f"{name!r} is a LoRA {kind} layer; drawn weights A and B need Linear or "
-            f"Conv1D layers: use models.GateLoRA, or leave it out of target_modules"
+            f"A and B of {name!r} are {type(module).__name__} layers with a forward "
+            f"pass of their own; drawn weights need torch's Linear, Conv1d, Conv2d or "
+            f"Conv3d: use models.GateLoRA, or leave it out of target_modules"
         )
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lrvd_pyro._compat.peft import caches_dora_norms
 from lrvd_pyro._compat.torch import forward_hooks
 from lrvd_pyro.rank_space.bank import Bank, Kind
+from lrvd_pyro.rank_space.drawn import check_rows, output_of
 
 __all__ = ["GateHook", "WeightHook", "obstacle", "own_hooks"]
 
@@ -61,11 +61,10 @@ class GateHook:
 
 
 class WeightHook:
-    """Forward hook on a linear ``lora_A`` or ``lora_B``: ``x`` times a drawn weight.
+    """Forward hook on ``lora_A`` or ``lora_B``: the output by a drawn weight.
 
-    The weight is ``out x in``, or ``B x out x in`` with one weight per example. A hook
-    and not torch's parametrize, which allows one weight per batch only, and renames the
-    keys of the state dict.
+    A hook and not torch's parametrize, which allows one weight per batch only, and
+    renames the keys of the state dict.
     """
 
     def __init__(self, bank: Bank, kind: Kind, index: int) -> None:
@@ -77,14 +76,7 @@ class WeightHook:
         weight = self.bank.read(self.kind, self.index)
         if weight is None:
             return None
-        x = args[0]
-        weight, bias = weight.to(x), module.bias
-        if weight.dim() == 2:
-            return F.linear(x, weight, bias)  # type: ignore[arg-type]
-        _check_rows(len(weight), x.shape[0])
-        rows = x.reshape(len(weight), -1, x.shape[-1]) @ weight.transpose(1, 2)
-        rows = rows.reshape(output.shape)
-        return rows if bias is None else rows + bias  # type: ignore[operator]
+        return output_of(module, args[0], weight.to(args[0]))
 
 
 def own_hooks(
@@ -106,19 +98,9 @@ def own_hooks(
     ]
 
 
-def _check_rows(examples: int, rows: int) -> None:
-    """Raise a ValueError unless ``rows`` is ``k`` times the number of examples."""
-    if rows % examples:
-        raise ValueError(
-            f"the batch has {examples} examples, but a LoRA layer sees {rows} rows, "
-            f"which is not a multiple; draw once for the whole batch instead: "
-            f'RankELBO(noise="batch")'
-        )
-
-
 def _repeat_rows(gate: Tensor, rows: int) -> Tensor:
     """``B x r`` gates as ``rows x r``: each serves ``rows / B`` consecutive rows."""
-    _check_rows(len(gate), rows)
+    check_rows(len(gate), rows)
     copies = rows // len(gate)
     return gate if copies == 1 else gate.repeat_interleave(copies, 0)
 

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from lrvd_pyro.rank_space.bank import Contexts, Parts
-from lrvd_pyro.rank_space.binding import Binding, Side
+from lrvd_pyro.rank_space.binding import Binding
 from lrvd_pyro.rank_space.constant import is_constant, leave_center, refuse_centers
 from lrvd_pyro.rank_space.coordinates import Coordinates, Groups, Level
 from lrvd_pyro.rank_space.find import find_layers, pick_adapter
@@ -26,6 +26,7 @@ from lrvd_pyro.rank_space.removal import (
     resize_layer,
     slice_tensors,
 )
+from lrvd_pyro.rank_space.rows import Rows, Side, split_rows
 
 __all__ = ["RankSpace"]
 
@@ -67,7 +68,7 @@ class RankSpace:
     ) -> None:
         self.net: Any = net
         self.adapter = pick_adapter(net, adapter)
-        every = find_layers(net, self.adapter, linear=bool(sides))
+        every = find_layers(net, self.adapter, weights=bool(sides))
         layers = {n: m for n, m in every.items() if not is_constant(m, self.adapter)}
         self.constants = {n: m for n, m in every.items() if n not in layers}
         if sides:
@@ -126,20 +127,23 @@ class RankSpace:
         return torch.ones(self.size if size is None else size, device=self.device)
 
     def weights(self, side: Side) -> list[nn.Parameter]:
-        """The weight ``lora_A``, ``r x in``, or ``lora_B``, ``out x r``, by module."""
+        """The weight ``lora_A``, ``r x in ...``, or ``lora_B``, ``out x r ...``."""
         return [getattr(layer, side)[self.adapter].weight for layer in self.layers]
+
+    def rows(self, side: Side) -> list[Rows]:
+        """How each module's weight falls into one row per rank component."""
+        pairs = zip(self.weights(side), self.ranks)
+        return [Rows(side, w.shape, rank) for w, rank in pairs]
 
     def widths(self, side: Side) -> Tensor:
         """The length of each component's row of A or column of B, ``R``."""
-        axis = 1 if side == "lora_A" else 0
-        widths = [w.shape[axis] for w in self.weights(side)]
+        widths = [rows.width for rows in self.rows(side)]
         return torch.tensor(widths).repeat_interleave(torch.tensor(self.ranks))
 
     def flatten(self, *sides: Side) -> Tensor:
         """The weights of these sides, one row of A or column of B after another."""
-        pairs = [(side, w) for side in sides for w in self.weights(side)]
-        rows = [w if side == "lora_A" else w.T for side, w in pairs]
-        return torch.cat([row.reshape(-1) for row in rows])
+        pairs = [(s, w, r) for s in sides for w, r in zip(self.weights(s), self.ranks)]
+        return torch.cat([Rows(s, w.shape, r).flatten(w) for s, w, r in pairs])
 
     def unflatten(self, value: Tensor) -> Parts:
         """The weights of ``sides`` by module, from a value as `bind_weights` takes it.
@@ -147,19 +151,7 @@ class RankSpace:
         Raises:
             ValueError: If the shape does not fit.
         """
-        sizes = {side: [w.numel() for w in self.weights(side)] for side in self.sides}
-        lengths = [sum(each) for each in sizes.values()]
-        if value.dim() not in (1, 2) or value.shape[-1] != sum(lengths):
-            raise ValueError(
-                f"the drawn weights have shape {tuple(value.shape)}; expected "
-                f"({sum(lengths)},) or (batch, {sum(lengths)}) for {self.sides}"
-            )
-        parts: Parts = {}
-        for side, flat in zip(self.sides, torch.split(value, lengths, -1), strict=True):
-            pieces = torch.split(flat, sizes[side], -1)
-            rows = [v.view(*v.shape[:-1], r, -1) for v, r in zip(pieces, self.ranks)]
-            parts[side] = rows if side == "lora_A" else [v.mT for v in rows]
-        return parts
+        return split_rows(value, {side: self.rows(side) for side in self.sides})
 
     @contextmanager
     def bind(self, gate: Tensor) -> Iterator[None]:

@@ -48,6 +48,22 @@ def test_torch_marks_a_compiled_module() -> None:
     assert compat_torch.is_compiled(net), "nn.Module._compiled_call_impl has changed"
 
 
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_torch_convolves_in_a_method_of_its_own(kind: Any) -> None:
+    class Doubled(kind):  # type: ignore[misc]
+        def _conv_forward(self, *args: Any) -> Any:
+            return 2 * super()._conv_forward(*args)
+
+    torch.manual_seed(0)
+    plain, doubled = kind(1, 1, 1, bias=False), Doubled(1, 1, 1, bias=False)
+    doubled.load_state_dict(plain.state_dict())
+    x = torch.randn(1, *plain.weight.shape[1:])
+    assert torch.equal(doubled(x), 2 * plain(x)), "_conv_forward has changed"
+    assert compat_torch.convolves(plain) and not compat_torch.convolves(doubled)
+    assert not compat_torch.convolves(kind(1, 1, 1, padding_mode="circular"))
+    assert not compat_torch.convolves(nn.Linear(1, 1))
+
+
 def test_torch_keeps_hooks_in_two_dicts() -> None:
     layer = nn.Linear(2, 2)
     layer.register_forward_pre_hook(lambda *_: None)

@@ -177,17 +177,29 @@ def folded(space: RankSpace, gate: Tensor, side: str) -> Iterator[None]:
             w.copy_(old)
 
 
+def components(space: RankSpace, side: str) -> list[Tensor]:
+    """What each rank component owns of a side's weights, as views of them."""
+    slots = []
+    for weight, rank in zip(space.weights(side), space.ranks):
+        if side == "lora_A":
+            slots += [weight.data[i] for i in range(rank)]
+            continue
+        groups = rank // weight.shape[1]  # of a grouped convolution
+        for group in weight.data.chunk(groups):
+            slots += [group[:, i] for i in range(rank // groups)]
+    return slots
+
+
 @contextmanager
 def replaced(space: RankSpace, value: Tensor) -> Iterator[None]:
     """The network's own weights replaced by ``value``, laid out as by flatten."""
     weights = [w for side in space.sides for w in space.weights(side)]
-    shapes = [(s, w.shape) for s in space.sides for w in space.weights(s)]
+    places = [slot for side in space.sides for slot in components(space, side)]
     before = [w.detach().clone() for w in weights]
-    pieces = value.split([w.numel() for w in weights])
     with torch.no_grad():
-        for w, piece, (side, (out, into)) in zip(weights, pieces, shapes):
-            by_row = side == "lora_A"
-            w.copy_(piece.view(out, into) if by_row else piece.view(into, out).T)
+        pieces = value.split([slot.numel() for slot in places])
+        for slot, piece in zip(places, pieces, strict=True):
+            slot.copy_(piece.view(slot.shape))
     yield
     with torch.no_grad():
         for w, old in zip(weights, before):

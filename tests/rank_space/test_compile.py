@@ -66,8 +66,11 @@ def test_a_fresh_gate_every_step_is_compiled_once(
 
 
 @compiling
-def test_fresh_weights_every_step_are_compiled_once() -> None:
-    net, x = nets.perceptron(), torch.randn(3, 5)
+@pytest.mark.parametrize(
+    ("make", "shape"), [(nets.perceptron, (5,)), (nets.conv, (3, 6, 6))]
+)
+def test_fresh_weights_every_step_are_compiled_once(make: Any, shape: Any) -> None:
+    net, x = make(), torch.randn(3, *shape)
     space = RankSpace(net, sides=AB)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     for _ in range(4):

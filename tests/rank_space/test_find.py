@@ -7,6 +7,7 @@ import pytest
 from nets import hooks
 from peft.tuners.lora.config import VeloraConfig
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lrvd_pyro import RankSpace
 from lrvd_pyro.models import FactorLoRA
@@ -75,10 +76,36 @@ def test_a_layer_that_cannot_be_gated_is_refused_with_the_way_out(kind: str) -> 
     assert hooks(net) == 0
 
 
-def test_drawn_weights_need_linear_layers() -> None:
-    message = "'first' is a LoRA Conv2d layer; drawn weights.*use models.GateLoRA"
+class Standardized(nn.Conv2d):
+    """A weight that is standardized on its way, as in BiT's ResNets."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight / (1e-3 + self.weight.std())
+        return F.conv2d(x, weight, self.bias)
+
+
+class Inner(nn.Conv2d):
+    """A convolution that changes one level below ``forward``."""
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Any) -> Tensor:
+        return super()._conv_forward(x, weight.tanh(), bias)
+
+
+class Circular(nn.Conv2d):
+    """A convolution that pads in its own way, whatever PEFT tells it."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, padding_mode="circular", **options)
+
+
+@pytest.mark.parametrize("kind", [Standardized, Inner, Circular])
+def test_drawn_weights_refuse_a_convolution_with_a_way_of_its_own(kind: Any) -> None:
+    net = nets.lora(nn.Sequential(kind(3, 4, 3)), target_modules=["0"])
+    message = f"A and B of '0' are {kind.__name__} layers.*use models.GateLoRA"
     with pytest.raises(TypeError, match=message):
-        FactorLoRA(nets.conv(), num_data=10)
+        FactorLoRA(net, num_data=10)
+    assert hooks(net) == 0
+    RankSpace(net).close()
 
 
 def test_lora_dropout_is_one_warning() -> None:

@@ -51,8 +51,6 @@ def inputs_for(kind: str) -> dict[str, Tensor]:
 def test_removing_components_is_setting_their_draws_to_zero(
     kind: str, family: str
 ) -> None:
-    if family != "gate" and kind == "conv2d":
-        pytest.skip("drawn weights need linear layers")
     model = MODELS[family](NETS[kind]())
     guide = rank_guide(model)
     space, inputs = model.space, inputs_for(kind)

@@ -8,6 +8,7 @@ import pyro
 import pytest
 import torch
 from nets import tokens
+from pairs import rank_guide
 from pruned import MODELS, outputs, some, trained
 from pyro import distributions as dist
 from pyro.infer import SVI
@@ -100,5 +101,9 @@ def test_a_grouped_convolution_is_refused() -> None:
     with pytest.warns(UserWarning, match="groups > 1"):
         peft = nets.lora(net, target_modules=["0"])
     space = RankSpace(peft)
+    keep = torch.tensor([True, False, True, True])
     with pytest.raises(TypeError, match="grouped convolution"):
-        space.select(torch.tensor([True, False, True, True]))
+        space.select(keep)
+    model = MODELS["factor-both"](peft)
+    with pytest.raises(TypeError, match="grouped convolution"):
+        select(model, rank_guide(model), keep=keep)
