@@ -112,7 +112,10 @@ def test_a_16_bit_parameter_keeps_its_storage_through_a_step() -> None:
 def test_by_torch_float16_takes_the_loss_per_datum_as_check_says() -> None:
     torch.set_default_dtype(torch.float32)
     net = half_bert(torch.float16)
-    net.base_model.model.classifier.requires_grad_(False)
+    # A head that lets gradients through, and does not train.
+    head = net.base_model.model.classifier.modules_to_save.default.requires_grad_(False)
+    with torch.no_grad():
+        head.weight *= 20
     model = GateLoRA(net, num_data=MILLION)
     guide, elbo, batch = RankDiagonal(model), lrvd.RankELBO(), tokens(8)
     optim = torch.optim.AdamW(lrvd.optim.parameter_groups(model, guide, lr=1e-2))
@@ -123,8 +126,9 @@ def test_by_torch_float16_takes_the_loss_per_datum_as_check_says() -> None:
     optim.zero_grad()
     losses = []
     for _ in range(40):
-        losses.append(float(loss(**batch)) / MILLION)
-        (loss(**batch) / MILLION).backward()
+        per_datum = loss(**batch) / MILLION
+        losses.append(float(per_datum.detach()))
+        per_datum.backward()
         elbo.check()
         optim.step()
         optim.zero_grad()
