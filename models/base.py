@@ -4,7 +4,6 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from numbers import Integral
 from typing import Any, ClassVar, NamedTuple, cast
 
 import pyro
@@ -23,9 +22,10 @@ from lrvd_pyro.inference.param_store import UniqueModule, check_registered
 from lrvd_pyro.inference.per_example import drawn_per_example
 from lrvd_pyro.likelihoods.base import Likelihood, check_likelihood
 from lrvd_pyro.rank_space.binding import in_eval_mode
+from lrvd_pyro.models.checks import FrozenAdapter
 from lrvd_pyro.rank_space.space import RankSpace
 
-__all__ = ["Factors", "RankModel", "SiteLabels", "check_num_data", "evaluating"]
+__all__ = ["Factors", "RankModel", "SiteLabels", "evaluating"]
 
 # The name of a dimension, and the coordinates along it by name.
 SiteLabels = tuple[str, dict[str, list[Any]]]
@@ -119,6 +119,7 @@ class RankModel(UniqueModule):
         self.likelihood = likelihood
         self.num_data = num_data
         self.prior = None
+        self._frozen_adapter = FrozenAdapter()
 
     @abstractmethod
     def draw(self) -> Tensor:
@@ -219,6 +220,8 @@ class RankModel(UniqueModule):
         if mcmc_is_running():
             observed = 0 if labels is None else size
             mcmc.check(self.base_net, observed, self.num_data)
+        if labels is not None:
+            self._frozen_adapter.check(self.space)
         self._register_parameters()
         value = self.draw()
         # Rows of several draws would be taken for rows of examples.
@@ -272,22 +275,6 @@ class RankModel(UniqueModule):
                 path = param_with_module_name(f"{name_of(self)}.net", name)
                 pyro.param(path, parameter)
                 check_registered(path, parameter)
-
-
-def check_num_data(num_data: int | None) -> int:
-    """The number of training examples, checked.
-
-    Raises:
-        TypeError: If it is not a positive integer.
-    """
-    # True is an Integral; num_data=True would be a data set of one.
-    whole = isinstance(num_data, Integral) and not isinstance(num_data, bool)
-    if not whole or int(num_data or 0) < 1:
-        raise TypeError(
-            f"num_data={num_data!r}; expected the number of training examples, "
-            f"which weighs the likelihood against the prior: num_data=len(train)"
-        )
-    return int(num_data or 0)
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from lrvd_pyro.likelihoods.base import Likelihood
 from lrvd_pyro.likelihoods.categorical import Categorical
-from lrvd_pyro.models.base import Factors, RankModel, SiteLabels, check_num_data
+from lrvd_pyro.models.base import Factors, RankModel, SiteLabels
+from lrvd_pyro.models.checks import check_num_data
 from lrvd_pyro.priors.log_uniform import LogUniform
 from lrvd_pyro.rank_space.rows import Side
 from lrvd_pyro.rank_space.space import RankSpace

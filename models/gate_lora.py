@@ -12,7 +12,8 @@ from torch.distributions import Distribution
 
 from lrvd_pyro.likelihoods.base import Likelihood
 from lrvd_pyro.likelihoods.categorical import Categorical
-from lrvd_pyro.models.base import Factors, RankModel, check_num_data
+from lrvd_pyro.models.base import Factors, RankModel
+from lrvd_pyro.models.checks import check_num_data
 from lrvd_pyro.priors.base import Prior
 from lrvd_pyro.priors.contract import check_prior
 from lrvd_pyro.priors.log_uniform import LogUniform

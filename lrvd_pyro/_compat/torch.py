@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
+    "add_each",
     "convolves",
     "forward_hooks",
     "in_backward",
     "is_compiled",
+    "multiply_each",
     "persistent_buffers",
     "tree_leaves",
     "tree_map",
@@ -31,6 +33,22 @@ def convolves(module: nn.Module) -> bool:
         and own._conv_forward is kind._conv_forward
         for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
     )
+
+
+def add_each(tensors: list[Tensor], others: list[Tensor]) -> None:
+    """Add to each tensor, in place, its partner: one fused operation.
+
+    Private, since torch has no public name for operations on lists of tensors.
+    """
+    torch._foreach_add_(tensors, others)
+
+
+def multiply_each(tensors: list[Tensor], factor: float) -> None:
+    """Multiply each tensor, in place: one fused operation.
+
+    Private, since torch has no public name for operations on lists of tensors.
+    """
+    torch._foreach_mul_(tensors, factor)
 
 
 def in_backward() -> bool:

@@ -4,8 +4,9 @@ The package knows neither PEFT nor the network. A new estimator is a subclass of
 ``ELBO``, as `RankELBO` is. A new closed-form KL goes to `lrvd_pyro.distributions`.
 """
 
-from lrvd_pyro.inference.elbo import RankELBO, linear_warmup
+from lrvd_pyro.inference.elbo import RankELBO
 from lrvd_pyro.inference.param_store import give_own_name
 from lrvd_pyro.inference.per_example import PerExample
+from lrvd_pyro.inference.warmup import linear_warmup
 
 __all__ = ["PerExample", "RankELBO", "give_own_name", "linear_warmup"]

@@ -4,14 +4,12 @@ import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from functools import partial
 from numbers import Real
 from typing import Any, Literal
 
 import torch
 from pyro import poutine
 from pyro.infer import TraceMeanField_ELBO
-from pyro.infer.util import zero_grads
 from pyro.poutine import Trace
 from torch import Tensor
 
@@ -23,41 +21,27 @@ from lrvd_pyro.inference.gradient_checks import (
     parameters,
     warn_of_unreached,
 )
+from lrvd_pyro.inference.gradients import (
+    Gradients,
+    data_scale,
+    infinite_gradients,
+    largest_square,
+    refusal,
+    weakly,
+)
 from lrvd_pyro.inference.kl import divergence, scaled_log_prob
 from lrvd_pyro.inference.param_store import check_name_is_free
 from lrvd_pyro.inference.per_example import Multiplicities, PerExample
 from lrvd_pyro.inference.programs import Guide, Program
 
-__all__ = ["RankELBO", "linear_warmup"]
+__all__ = ["RankELBO"]
 
 _Args = tuple[object, ...]
-
-
-def linear_warmup(steps: int) -> Callable[[int], float]:
-    """A KL weight that rises linearly from 0 at step 0 to 1 at step ``steps``.
-
-    Args:
-        steps: The length of the warm-up in optimization steps; at 0 the weight is 1.
-
-    Returns:
-        A function of the step, for ``RankELBO(kl_weight=...)``. It can be pickled.
-
-    Raises:
-        ValueError: If ``steps`` is negative.
-
-    >>> [linear_warmup(4)(step) for step in (0, 1, 4, 9)]
-    [0.0, 0.25, 1.0, 1.0]
-    """
-    if steps < 0:
-        raise ValueError(
-            f"steps={steps}; expected the length of the warm-up, 0 or more: "
-            f"linear_warmup(500)"
-        )
-    return partial(_rise, steps)
-
-
-def _rise(steps: int, step: int) -> float:
-    return 1.0 if step >= steps else step / steps
+_AS_BEFORE = (
+    "The parameters are as they were before this step, and so are the moments of the "
+    "optimizer. "
+)
+_BEFORE_A_STEP = "Take no step on these gradients: optim.zero_grad(). "
 
 
 class RankELBO(TraceMeanField_ELBO):
@@ -99,7 +83,8 @@ class RankELBO(TraceMeanField_ELBO):
 
     Raises:
         ValueError: If an option is out of range, or the sites of guide and model do not
-            match. If the loss is not finite: from `SVI.step`, or from `check`.
+            match. If the loss or a gradient is not finite: from `SVI.step`, or from
+            `check`.
         TypeError: If the batch holds no tensor.
     """
 
@@ -127,12 +112,13 @@ class RankELBO(TraceMeanField_ELBO):
         self.terms: dict[str, Any] = {}
         self._reach_checked = False
         self._warned: set[str] = set()
+        self._trained: Callable[[], dict[str, Tensor]] = dict
         # Weak: a loss that outlives a guide must not keep its network in memory.
         self._set_up: weakref.WeakSet[Any] = weakref.WeakSet()
 
     # A WeakSet cannot be pickled; a guide that is set up twice takes no harm.
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_set_up": None}
+        return self.__dict__ | {"_set_up": None, "_trained": dict}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _set_up=weakref.WeakSet())
@@ -151,7 +137,8 @@ class RankELBO(TraceMeanField_ELBO):
         """Estimate the loss without gradients, in nats per data set."""
         with torch.no_grad():
             loss = float(self.differentiable_loss(model, guide, *args, **kwargs))
-        self.check()
+        if wrong := self._infinite_term():
+            raise refusal(wrong, self.step, "", {})
         return loss
 
     def differentiable_loss(
@@ -163,51 +150,60 @@ class RankELBO(TraceMeanField_ELBO):
         labels, is off: ``pyro.enable_validation(False)``.
         """
         particles = self._particles(model, guide, args, kwargs)
-        return torch.stack([loss for loss, _ in particles]).sum()
+        return torch.stack([loss for loss, _, _ in particles]).sum()
 
     def loss_and_grads(
         self, model: Program, guide: Guide, *args: object, **kwargs: object
     ) -> float:
-        """Estimate the loss, and add its gradients to those of the parameters."""
+        """Estimate the loss, and add its gradients if all of them are finite."""
         losses: list[Tensor] = []
-        params: set[Tensor] = set()
-        # One backward pass a particle: one graph at a time is in memory.
-        for loss, particle_params in self._particles(model, guide, args, kwargs):
-            if loss.requires_grad:
-                loss.backward()
-            losses.append(loss.detach())
-            params.update(particle_params.values())
-        # The only reading of a step: a float for each particle would wait each time.
-        value = float(torch.stack(losses).sum())
-        if not math.isfinite(value):
-            zero_grads(params)
-            self._refuse_infinite("The parameters are as they were before this step. ")
-        return value
+        gradients, scale = Gradients(), 1.0
+        try:
+            # One backward pass a particle: one graph at a time is in memory.
+            for loss, params, scale in self._particles(model, guide, args, kwargs):
+                gradients.collect(params)
+                if loss.requires_grad:
+                    (loss / scale).backward()
+                losses.append(loss.detach())
+            value = torch.stack(losses).sum()
+            gradients.finish(scale)
+            read = gradients.parameters
+            square = largest_square(read.values()).to(value.device)
+            # The only reading of a step.
+            number, largest = torch.stack([value, square]).tolist()
+            if not (math.isfinite(number) and math.isfinite(largest)):
+                wrong = self._infinite_term() or infinite_gradients(read)
+                wrong = wrong or f"the loss is {number}"
+                raise refusal(wrong, self.step - 1, _AS_BEFORE, read)
+        except BaseException:
+            gradients.drop()
+            raise
+        return float(number)
 
     def check(self) -> None:
-        """Raise if a term of the last loss is not finite; call it before a torch step.
+        """Raise if a term of the last loss, or a gradient, is not finite.
+
+        Call it after the backward pass and before a torch step. It reads the device.
 
         Raises:
-            ValueError: With the step and the term.
+            ValueError: With the step, and the term or the parameters.
         """
-        self._refuse_infinite("")
+        read = self._trained()
+        if wrong := self._infinite_term() or infinite_gradients(read):
+            raise refusal(wrong, self.step - 1, _BEFORE_A_STEP, read)
 
-    def _refuse_infinite(self, note: str) -> None:
-        if not self.terms:
-            return
-        kl = {f"kl[{name!r}]": value for name, value in self.terms["kl"].items()}
-        for name, value in (self.terms | kl).items():
+    def _infinite_term(self) -> str:
+        kl = self.terms.get("kl", {})
+        terms = self.terms | {f"kl[{name!r}]": value for name, value in kl.items()}
+        for name, value in terms.items():
             if name != "kl" and not bool(torch.isfinite(value)):
-                raise ValueError(
-                    f"{name} is {float(value)} at step {max(self.step - 1, 0)}. {note}"
-                    f"Lower the learning rate, clip the gradients "
-                    f"(lrvd_pyro.optim.AdamW(clip_norm=...)), or look at this batch"
-                )
+                return f"{name} is {float(value)}"
+        return ""
 
     def _particles(
         self, model: Program, guide: Guide, args: _Args, kwargs: Batch
-    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-        """For each particle its share of the loss, and the parameters that it read."""
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor], float]]:
+        """Each particle's share of the loss, the parameters it read, its data scale."""
         given = self.kl_weight
         weight = float(given(self.step) if callable(given) else given)
         terms: dict[str, Tensor] = {}
@@ -227,7 +223,10 @@ class RankELBO(TraceMeanField_ELBO):
                     warn_of_unreached(fit, guide_trace, NO_NOISE)
                     warn_of_unreached(loss, model_trace, NO_GRADIENT)
                 self._reach_checked = True
-            yield loss / self.num_particles, parameters(model_trace, guide_trace)
+            read = parameters(model_trace, guide_trace)
+            if torch.is_grad_enabled():
+                self._trained = weakly(read, model, guide)
+            yield loss / self.num_particles, read, data_scale(model_trace)
         self.terms = terms | {"kl": divergences, "kl_weight": torch.tensor(weight)}
         self.step += torch.is_grad_enabled()
 

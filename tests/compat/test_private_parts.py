@@ -83,6 +83,13 @@ def test_torch_tells_persistent_buffers() -> None:
     assert found.keys() == layer.state_dict().keys()
 
 
+def test_torch_changes_lists_of_tensors_in_place() -> None:
+    tensors = [torch.ones(2), torch.ones(3, dtype=torch.float64)]
+    compat_torch.multiply_each(tensors, 3.0)
+    compat_torch.add_each(tensors, [torch.ones(2).half(), torch.ones(3)])
+    assert [t.tolist() for t in tensors] == [[4.0] * 2, [4.0] * 3]
+
+
 def test_peft_caches_dora_norms_inside_its_helper_alone() -> None:
     assert not peft.caches_dora_norms()
     with peft_helpers.DoraCaching():
