@@ -21,8 +21,8 @@ from lrvd_pyro.inference.kl import latent_sites, scaled_log_prob
 from lrvd_pyro.inference.param_store import UniqueModule, check_registered
 from lrvd_pyro.inference.per_example import drawn_per_example
 from lrvd_pyro.likelihoods.base import Likelihood, check_likelihood
-from lrvd_pyro.rank_space.binding import in_eval_mode
 from lrvd_pyro.models.checks import FrozenAdapter
+from lrvd_pyro.rank_space.binding import in_eval_mode
 from lrvd_pyro.rank_space.space import RankSpace
 
 __all__ = ["Factors", "RankModel", "SiteLabels", "evaluating"]

@@ -83,9 +83,7 @@ def pick_adapter(net: nn.Module, adapter: str | None) -> str:
     return adapter
 
 
-def find_layers(
-    net: nn.Module, adapter: str, *, weights: bool
-) -> dict[str, LoraLayer]:
+def find_layers(net: nn.Module, adapter: str, *, weights: bool) -> dict[str, LoraLayer]:
     """The LoRA layers of an adapter by their names in the network without PEFT.
 
     Args:
