@@ -15,6 +15,7 @@ from pyro.infer.util import zero_grads
 from pyro.poutine import Trace
 from torch import Tensor
 
+from lrvd_pyro._numbers import check_count
 from lrvd_pyro.batches import Batch, batch_size
 from lrvd_pyro.inference.gradient_checks import (
     NO_GRADIENT,
@@ -43,12 +44,12 @@ def linear_warmup(steps: int) -> Callable[[int], float]:
         A function of the step, for ``RankELBO(kl_weight=...)``. It can be pickled.
 
     Raises:
-        ValueError: If ``steps`` is negative.
+        ValueError: If ``steps`` is negative or not finite.
 
     >>> [linear_warmup(4)(step) for step in (0, 1, 4, 9)]
     [0.0, 0.25, 1.0, 1.0]
     """
-    if steps < 0:
+    if not 0 <= steps < math.inf:
         raise ValueError(
             f"steps={steps}; expected the length of the warm-up, 0 or more: "
             f"linear_warmup(500)"
@@ -112,14 +113,13 @@ class RankELBO(TraceMeanField_ELBO):
     ) -> None:
         if noise not in ("example", "batch"):
             raise ValueError(f'noise={noise!r}; expected "example" or "batch"')
-        number = isinstance(kl_weight, Real) and kl_weight >= 0
+        number = isinstance(kl_weight, Real) and 0 <= kl_weight < math.inf
         if not number and not callable(kl_weight):
             raise ValueError(
                 f"kl_weight={kl_weight!r}; expected a number, 0 or more (1 is the true "
                 f"ELBO), or a function of the step: linear_warmup(500)"
             )
-        if num_particles < 1:
-            raise ValueError(f"num_particles={num_particles}; expected 1 or more")
+        check_count("num_particles", num_particles, 1, "RankELBO(num_particles=2)")
         super().__init__(num_particles=num_particles)  # type: ignore[no-untyped-call]
         self.kl_weight = kl_weight
         self.noise = noise
