@@ -21,7 +21,9 @@ from pyro.infer.autoguide import (
 from torch import Tensor
 from torch.distributions import biject_to
 
+from lrvd_pyro._numbers import check_count, check_number
 from lrvd_pyro.guides.fisher_laplace import FisherLaplace
+from lrvd_pyro.guides.limits import refuse_large
 from lrvd_pyro.inference.param_store import give_own_name
 from lrvd_pyro.models.base import RankModel
 
@@ -32,8 +34,6 @@ __all__ = [
     "low_rank_multivariate_normal",
     "multivariate_normal",
 ]
-
-_LARGEST = 4096  # latent components of a full covariance
 
 
 def delta(model: RankModel) -> AutoDelta:
@@ -71,13 +71,7 @@ def multivariate_normal(
     Raises:
         ValueError: If there are more than 4,096 latent components.
     """
-    size = sum(value.numel() for value in model.start().values())
-    if size > _LARGEST:
-        raise ValueError(
-            f"a full covariance over {size} latent components takes "
-            f"{size**2 * 4 / 2**30:.2g} GiB, and its optimizer thrice; use "
-            f"low_rank_multivariate_normal(model, rank=16)"
-        )
+    refuse_large(_size(model), "a full covariance")
     return give_own_name(
         AutoMultivariateNormal(model, init_loc_fn=_start(model), init_scale=init_scale)
     )
@@ -123,8 +117,18 @@ def iaf(
         hidden_dim: The units of the hidden layer, L at least; None takes L.
         init_scale: The scale of the flow's draws at its start.
 
+    Raises:
+        ValueError: If there are more than 4,096 latent components, ``hidden_dim`` is
+            below L, or ``init_scale`` is not positive.
+
     Source: Kingma, Salimans, Jozefowicz et al. (2016, arXiv 1606.04934).
     """
+    size = _size(model)
+    refuse_large(size, "an autoregressive network")
+    if hidden_dim is not None:
+        check_count("hidden_dim", hidden_dim, size, "iaf(model, hidden_dim=None)")
+    deviation = "a positive number: iaf(model, init_scale=0.1)"
+    check_number("init_scale", init_scale, deviation, lambda sd: 0 < sd < torch.inf)
     start = {
         name: biject_to(site.support).inv(model.start()[name]).reshape(-1)
         for name, site in model.latent_sites().items()
@@ -156,8 +160,10 @@ def laplace(
             load that with ``attn_implementation="eager"``.
 
     Raises:
-        ValueError: If ``curvature`` is neither.
+        ValueError: If ``curvature`` is neither, or there are more than 4,096 latent
+            components.
     """
+    refuse_large(_size(model), "Laplace's covariance")
     if curvature not in ("fisher", "hessian"):
         raise ValueError(f'curvature={curvature!r}; expected "fisher" or "hessian"')
     family: Any = FisherLaplace if curvature == "fisher" else AutoLaplaceApproximation
@@ -171,6 +177,11 @@ def _flow(loc: Tensor, scale: float, hidden_dim: int | None, size: int) -> Any:
     # The cache lets the density come from the draw: a flow's inverse is not exact.
     affine = dist.transforms.AffineTransform(loc, scale, cache_size=1)
     return ComposeTransformModule([autoregressive.to(loc), affine])
+
+
+def _size(model: RankModel) -> int:
+    """The number of latent components."""
+    return sum(value.numel() for value in model.start().values())
 
 
 def _start(model: RankModel) -> Any:

@@ -11,6 +11,7 @@ from torch.distributions import biject_to
 
 from lrvd_pyro._compat.pyro import unpack_latent
 from lrvd_pyro.batches import Batch, check_several, gate_rows, without_labels
+from lrvd_pyro.guides.limits import refuse_large
 from lrvd_pyro.inference.param_store import give_own_name, waits_for_first_call
 from lrvd_pyro.likelihoods.base import curvature_of
 from lrvd_pyro.models.base import RankModel, evaluating
@@ -62,7 +63,8 @@ class FisherLaplace(AutoLaplaceApproximation):
 
         Raises:
             TypeError: If ``batches`` is one batch.
-            ValueError: If the guide has not been trained, the network takes no gate per
+            ValueError: If the guide has not been trained, there are more than 4,096
+                latent components, the network takes no gate per
                 example (DoRA; ``curvature="hessian"`` needs none), or the curvature is
                 not positive definite.
         """
@@ -73,6 +75,7 @@ class FisherLaplace(AutoLaplaceApproximation):
                 f"svi.step(**batch)"
             )
         loc = self.loc.detach()
+        refuse_large(loc.numel(), "Laplace's covariance")
         gate, spread = self._gate(loc), jacobian(self._gate, loc)
         try:
             fisher = gate_fisher(self._rank_model[0], gate.detach(), batches)

@@ -8,6 +8,7 @@ import torch
 from pyro import distributions as dist
 from torch import Tensor, nn
 
+from lrvd_pyro._numbers import check_number
 from lrvd_pyro.guides.base import RankGuide
 from lrvd_pyro.guides.families import Noise, family_of
 from lrvd_pyro.models import GateLoRA
@@ -15,7 +16,9 @@ from lrvd_pyro.rank_space.removal import Cuts, slice_tensors
 
 __all__ = ["RankDiagonal"]
 
-_DRAWS = 4096  # for mean and variance of a gate that is not a product of latent sites
+# For mean and variance of a gate that is not a product of latent sites: draws in all,
+# and draws at once, since the memory is theirs times R.
+_DRAWS, _CHUNK = 4096, 256
 
 
 @final
@@ -61,6 +64,7 @@ class RankDiagonal(RankGuide):
     Raises:
         TypeError: If ``model`` is another one, or a latent site of its prior is neither
             real nor positive.
+        ValueError: If ``init_log_alpha`` is not finite.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class RankDiagonal(RankGuide):
                 f"FactorLoRA takes guides.TiedDiagonal(model), other programs take "
                 f"pyro.infer.autoguide.AutoNormal(model)"
             )
+        check_number("init_log_alpha", init_log_alpha, "a finite number: -4.0")
         super().__init__(model)
         # A bound method: as a child, the model would share its parameters.
         self._gate_at = model.value_at
@@ -133,7 +138,7 @@ class RankDiagonal(RankGuide):
         Exact where the gate is a product of latent sites; elsewhere of 4,096 draws.
         """
         if not self._is_product:
-            return self._draws().mean(0)
+            return self._moments()[0]
         return self._gate_at({n: q.mean for n, q in self.distributions().items()})
 
     @property
@@ -144,8 +149,8 @@ class RankDiagonal(RankGuide):
         """
         with torch.no_grad():
             if not self._is_product:
-                gate = self._draws()
-                return (gate.var(0) / gate.mean(0).square()).log()
+                mean, variance = self._moments()
+                return (variance / mean.square()).log()
             return self.noise_ratio().log().to(self.log_variance.dtype)
 
     def noise_ratio(self) -> Tensor:
@@ -217,13 +222,22 @@ class RankDiagonal(RankGuide):
             power_of[name] = powers[0] if powers else None
         return power_of
 
-    def _draws(self) -> Tensor:
-        """Draws of the gate, the same at each call, ``4096 x R``."""
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and variance of the gate over the same draws at each call, (R,) each."""
         # The random state of a run must not depend on who looks at log alpha.
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
             posteriors = self.distributions().items()
-            return self._gate_at({n: q.sample((_DRAWS,)) for n, q in posteriors})
+            means, variances = [], []
+            for _ in range(_DRAWS // _CHUNK):
+                latents = {name: q.sample((_CHUNK,)) for name, q in posteriors}
+                gate = self._gate_at(latents)
+                means.append(gate.mean(0))
+                variances.append(gate.var(0, correction=0))
+        of_chunks = torch.stack(means)
+        between = of_chunks.var(0, correction=0)
+        spread = torch.stack(variances).mean(0) + between
+        return of_chunks.mean(0), spread * _DRAWS / (_DRAWS - 1)
 
 
 def _joined(rows: dict[str, Tensor], families: dict[str, Noise]) -> Tensor:

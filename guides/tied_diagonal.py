@@ -6,6 +6,7 @@ import torch
 from pyro import distributions as dist
 from torch import Tensor, nn
 
+from lrvd_pyro._numbers import check_number
 from lrvd_pyro.guides.base import RankGuide
 from lrvd_pyro.guides.families import walled
 from lrvd_pyro.models import FactorLoRA
@@ -42,6 +43,7 @@ class TiedDiagonal(RankGuide):
 
     Raises:
         TypeError: If ``model`` is another one.
+        ValueError: If ``init_log_alpha`` is not finite.
     """
 
     bounds = (-20.0, 2.0)
@@ -59,6 +61,7 @@ class TiedDiagonal(RankGuide):
                 f"whose weights have its means. GateLoRA takes "
                 f"guides.RankDiagonal(model)"
             )
+        check_number("init_log_alpha", init_log_alpha, "a finite number: -4.0")
         super().__init__(model)
         self.init_log_alpha = init_log_alpha
         each = torch.arange(self.space.size)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrvd_pyro._numbers import check_count
+
 __all__ = [
     "Batch",
     "batch_size",
@@ -40,12 +42,10 @@ def opened(batches: Iterable[Batch], num_samples: int, call: str) -> Iterator[Ba
     """
     check_several(batches, call)
     stream = iter(batches)
+    check_count("num_samples", num_samples, 1, call)
     first = next(stream, None)
-    if first is None or num_samples < 1:
-        raise ValueError(
-            f"got {0 if first is None else 'some'} batches and "
-            f"num_samples={num_samples}; expected at least one of each: {call}"
-        )
+    if first is None:
+        raise ValueError(f"got no batches; expected at least one: {call}")
     return chain([first], stream)
 
 

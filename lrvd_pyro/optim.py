@@ -9,6 +9,7 @@ import torch
 from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
+from lrvd_pyro._numbers import check_number, check_rate
 from lrvd_pyro.inference.param_store import waits_for_first_call
 
 __all__ = ["AdamW", "Optimizer", "parameter_groups"]
@@ -27,6 +28,17 @@ def _group_of(path: str, *, in_net: bool) -> str:
     if not in_net:
         return "variational"
     return "adapter" if "lora_" in path else "head"
+
+
+def _rates(
+    lr: float, head_lr: float | None, variational_lr: float
+) -> tuple[float, float, float]:
+    """The learning rates of the groups, checked; a rate of 0 holds a group still."""
+    given = {"lr": lr, "head_lr": head_lr, "variational_lr": variational_lr}
+    for name, rate in given.items():
+        if rate is not None:
+            check_rate(name, rate, f"{name}=1e-3")
+    return lr, lr if head_lr is None else head_lr, variational_lr
 
 
 def parameter_groups(
@@ -64,8 +76,10 @@ def parameter_groups(
 
     Raises:
         TypeError: If ``guide`` is a function; its parameters are known to SVI alone.
-        ValueError: If ``guide`` is an AutoGuide that has no parameters yet.
+        ValueError: If ``guide`` is an AutoGuide that has no parameters yet, or a
+            learning rate is negative or not finite.
     """
+    rates = _rates(lr, head_lr, variational_lr)
     if not isinstance(guide, nn.Module):
         raise TypeError(
             f"guide is a {type(guide).__name__} without parameters of its own; use it "
@@ -76,7 +90,6 @@ def parameter_groups(
             f"{type(guide).__name__} makes its parameters on its first call; call "
             f"guide(**batch) once before parameter_groups(model, guide)"
         )
-    rates = (lr, lr if head_lr is None else head_lr, variational_lr)
     groups: dict[str, list[Tensor]] = {group: [] for group in _GROUPS}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -129,6 +142,11 @@ class AdamW(PyroOptim):
     Attributes:
         steps: The number of steps taken.
         torch_optim: The torch optimizer, None before the first step.
+
+    Raises:
+        ValueError: If a number is out of range or NaN. From a step, if ``schedule``
+            gives such a factor; nothing has moved then.
+        TypeError: If ``schedule`` is not a function.
     """
 
     def __init__(
@@ -143,7 +161,19 @@ class AdamW(PyroOptim):
         clip_norm: float | None = None,
     ) -> None:
         super().__init__(torch.optim.AdamW, {})
-        rates = (lr, lr if head_lr is None else head_lr, variational_lr)
+        rates = _rates(lr, head_lr, variational_lr)
+        check_rate("weight_decay", weight_decay, "weight_decay=0.0")
+        for beta in betas:
+            expected = "numbers from 0 to below 1: betas=(0.9, 0.999)"
+            check_number("betas", beta, expected, lambda beta: 0 <= beta < 1)
+        if clip_norm is not None:
+            largest = "a positive number, or None: clip_norm=num_data"
+            check_number("clip_norm", clip_norm, largest, lambda norm: norm > 0)
+        if schedule is not None and not callable(schedule):
+            raise TypeError(
+                f"schedule={schedule!r}; expected a function from the step to a factor "
+                f"of all learning rates: AdamW(schedule=lambda step: 0.999**step)"
+            )
         decays = (weight_decay, weight_decay, 0.0)
         self.groups: list[dict[str, Any]] = [
             {"params": [], "name": name, "lr": rate, "weight_decay": decay}
@@ -166,8 +196,10 @@ class AdamW(PyroOptim):
             self._step(params)
 
     def _step(self, params: set[Tensor]) -> None:
-        optim = self._with(params)
         factor = 1.0 if self.schedule is None else self.schedule(self.steps)
+        # Before anything moves, or joins the optimizer.
+        check_rate(f"schedule({self.steps})", factor, "lambda step: 0.999**step")
+        optim = self._with(params)
         for group, rate in zip(optim.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
             # SVI zeroes the gradients of this step's parameters only; a gradient left

@@ -13,6 +13,7 @@ import lrvd_pyro
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [
+    ("_numbers",),
     ("_version", "_compat", "batches"),
     ("rank_space", "distributions", "likelihoods"),
     ("inference",),

@@ -13,6 +13,7 @@ from pyro.infer import TraceMeanField_ELBO
 from pyro.poutine import Trace
 from torch import Tensor
 
+from lrvd_pyro._numbers import check_count
 from lrvd_pyro.batches import Batch, batch_size
 from lrvd_pyro.inference.gradient_checks import (
     NO_GRADIENT,
@@ -97,14 +98,13 @@ class RankELBO(TraceMeanField_ELBO):
     ) -> None:
         if noise not in ("example", "batch"):
             raise ValueError(f'noise={noise!r}; expected "example" or "batch"')
-        number = isinstance(kl_weight, Real) and kl_weight >= 0
+        number = isinstance(kl_weight, Real) and 0 <= kl_weight < math.inf
         if not number and not callable(kl_weight):
             raise ValueError(
                 f"kl_weight={kl_weight!r}; expected a number, 0 or more (1 is the true "
                 f"ELBO), or a function of the step: linear_warmup(500)"
             )
-        if num_particles < 1:
-            raise ValueError(f"num_particles={num_particles}; expected 1 or more")
+        check_count("num_particles", num_particles, 1, "RankELBO(num_particles=2)")
         super().__init__(num_particles=num_particles)  # type: ignore[no-untyped-call]
         self.kl_weight = kl_weight
         self.noise = noise

@@ -1,5 +1,6 @@
 """KL weights that rise with the optimization step."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -16,12 +17,12 @@ def linear_warmup(steps: int) -> Callable[[int], float]:
         A function of the step, for ``RankELBO(kl_weight=...)``. It can be pickled.
 
     Raises:
-        ValueError: If ``steps`` is negative.
+        ValueError: If ``steps`` is negative or not finite.
 
     >>> [linear_warmup(4)(step) for step in (0, 1, 4, 9)]
     [0.0, 0.25, 1.0, 1.0]
     """
-    if steps < 0:
+    if not 0 <= steps < math.inf:
         raise ValueError(
             f"steps={steps}; expected the length of the warm-up, 0 or more: "
             f"linear_warmup(500)"

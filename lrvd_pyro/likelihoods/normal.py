@@ -11,6 +11,7 @@ from pyro.distributions import constraints
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 
+from lrvd_pyro._numbers import check_number
 from lrvd_pyro.likelihoods.base import data_plate, precise, samples_first
 
 __all__ = ["Normal", "NormalPrediction"]
@@ -46,7 +47,7 @@ class Normal(PyroModule):
         scale: The initial standard deviation of the noise, in units of the labels.
 
     Raises:
-        ValueError: If ``scale`` is not positive.
+        ValueError: If ``scale`` is not positive and finite.
 
     Example::
 
@@ -55,8 +56,8 @@ class Normal(PyroModule):
 
     def __init__(self, scale: float = 1.0) -> None:
         super().__init__()
-        if not scale > 0:
-            raise ValueError(f"scale={scale}; expected a positive standard deviation")
+        deviation = "a positive standard deviation: Normal(scale=1.0)"
+        check_number("scale", scale, deviation, lambda sd: 0 < sd < math.inf)
         self.scale: Any = PyroParam(torch.tensor(scale), constraints.positive)
 
     def forward(

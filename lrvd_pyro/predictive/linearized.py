@@ -26,7 +26,8 @@ __all__ = [
     "normal_nodes",
 ]
 
-_DRAWS = 4096  # of gates, where a guide's covariance has no closed form
+# Of gates, where a guide's covariance has no closed form: in all, and at once.
+_DRAWS, _CHUNK = 4096, 256
 _NODES = 1024  # points of the Gaussian over contrasts
 _WAY_OUT = 'predict(..., method="sample") needs none'
 
@@ -64,7 +65,7 @@ class GateGaussian:
             )
         mean, scale = gates.mean(0), (len(gates) - 1) ** -0.5
         # The factors S x R stand for a covariance of R x R, which is never formed.
-        return cls(mean, torch.zeros_like(mean), (gates - mean) * scale)
+        return cls(mean, torch.zeros_like(mean), (gates - mean).mul_(scale))
 
     def project(self, jacobian: Tensor) -> Tensor:
         """``J Cov J^T`` of each example, ``B x K x K``, for J ``B x K x R``."""
@@ -88,7 +89,12 @@ def gate_gaussian(model: RankModel, guide: Guide, batch: Batch) -> GateGaussian:
         batch: What the guide is called with.
     """
     known = _closed_form(model, guide)
-    return known or GateGaussian.of_draws(_gate_draws(model, guide, batch, _DRAWS))
+    if known:
+        return known
+    # Site by site, all draws together would take several times the gates' memory.
+    chunks = range(_DRAWS // _CHUNK)
+    draws = torch.cat([_gate_draws(model, guide, batch, _CHUNK) for _ in chunks])
+    return GateGaussian.of_draws(draws)
 
 
 class Linearized:

@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from lrvd_pyro._numbers import check_count
 from lrvd_pyro.batches import Batch, batch_size, opened, without_labels
 from lrvd_pyro.inference.programs import Guide
 from lrvd_pyro.models.base import RankModel, evaluating
@@ -104,11 +105,8 @@ def predict(
         raise ValueError(f'method={method!r}; expected "sample" or "linearized"')
     if method == "linearized":
         check_linearizable(model)
-    if max_batch is not None and max_batch < 1:
-        raise ValueError(
-            f"max_batch={max_batch}; expected the most rows of one forward pass, 1 or "
-            f"more, or None"
-        )
+    if max_batch is not None:
+        check_count("max_batch", max_batch, 1, "max_batch=16, or None")
     call = "predict(model, guide, [batch], num_samples=16)"
     inputs = map(_inputs, opened(batches, num_samples, call))
     first = next(inputs)
@@ -190,6 +188,7 @@ def mean_value(model: RankModel, guide: Guide, num_samples: int = 1000) -> Tenso
         if hasattr(guide, "mean"):
             mean: Tensor = guide.mean()
             return mean
+        check_count("num_samples", num_samples, 1, "posterior_mean(model, guide)")
         # The mean of what is bound, not what is bound at the mean: a gate may be a
         # product of latent sites.
         draws = (draw_latents(model, guide, {}) for _ in range(num_samples))

@@ -32,6 +32,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from lrvd_pyro._numbers import check_count, check_number
 from lrvd_pyro.guides.base import ClosedFormNoise, RankGuide
 from lrvd_pyro.inference.kl import divergence
 from lrvd_pyro.inference.per_example import Multiplicities, PerExample
@@ -39,7 +40,13 @@ from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.optim import Optimizer
 from lrvd_pyro.selection.removal import check_pair, select
 
-__all__ = ["best_of_modules", "prune", "refuse_nothing_left", "removal_cost"]
+__all__ = [
+    "best_of_modules",
+    "check_threshold",
+    "prune",
+    "refuse_nothing_left",
+    "removal_cost",
+]
 
 _Criterion = Literal["log_alpha", "elbo_drop"]
 
@@ -85,15 +92,17 @@ def prune(
     Raises:
         TypeError: If ``guide`` is not a `RankGuide`; and as `select` and `removal_cost`
             raise it.
-        ValueError: If everything would go, with a diagnosis. If log alpha is NaN,
-            ``min_rank`` is negative, or ``criterion`` is neither of the two. And as
-            `select` raises it.
+        ValueError: If everything would go, with a diagnosis. If the guide's noise is
+            NaN, a number is out of range, or ``criterion`` is neither of the two. And
+            as `select` raises it.
         RuntimeError: As `select` raises it. Nothing has changed after an error.
 
     Wrong while the KL weight still rises: the noise then belongs to another posterior
     than the one in training.
     """
     check_pair(model, guide)
+    check_threshold(log_alpha_threshold)
+    check_number("max_drop", max_drop, "nats per datum, 0 or more: 0.01", _is_cost)
     if criterion == "log_alpha":
         worth = -guide.log_alpha
         spared = best_of_modules(model, worth, min_rank)
@@ -105,8 +114,8 @@ def prune(
         # Spared components come last, and the sum is infinite from there on.
         order = worth.masked_fill(spared, torch.inf).argsort()
         spent = worth[order].masked_fill(spared[order], torch.inf).cumsum(0)
-        keep = torch.zeros_like(spared)
-        keep[order] = spent > max_drop * model.num_data
+        keep = spared.clone()
+        keep[order] |= spent > max_drop * model.num_data
         rule = f"max_drop={max_drop}"
     else:
         raise ValueError(
@@ -151,7 +160,8 @@ def removal_cost(model: RankModel, guide: RankGuide, kl_weight: float = 1.0) -> 
     Raises:
         TypeError: If the guide's noise has no closed form. If the gate is not a product
             of latent sites under this prior, or no site has R components.
-        ValueError: If the guide belongs to another model.
+        ValueError: If the guide belongs to another model, its noise is NaN, or
+            ``kl_weight`` is not positive and finite.
 
     Wrong before convergence, and far from the quadratic regime. Wrong about a center,
     which B scales too. Wrong under another ``kl_weight`` than that of training, or with
@@ -162,6 +172,8 @@ def removal_cost(model: RankModel, guide: RankGuide, kl_weight: float = 1.0) -> 
     Source: derived here.
     """
     check_pair(model, guide)
+    weight = "the positive weight of training: kl_weight=1.0"
+    check_number("kl_weight", kl_weight, weight, lambda w: 0 < w < torch.inf)
     if not isinstance(guide, ClosedFormNoise):
         raise TypeError(
             f"guide is a {type(guide).__name__}, whose noise has no closed form; use "
@@ -170,6 +182,8 @@ def removal_cost(model: RankModel, guide: RankGuide, kl_weight: float = 1.0) -> 
     ratio = guide.noise_ratio()
     (pull,) = torch.autograd.grad(_kl(model, guide), guide.log_variance)
     (slope,) = torch.autograd.grad(ratio.sum(), guide.log_variance)
+    _refuse_nan("the noise", guide.log_alpha)
+    _refuse_nan("the gradient of the KL", pull)
     # Only a site with an entry per rank tells the curvature of each gate. A scale that
     # several ranks share has one entry for their sum.
     for part, rise in zip(guide.by_site(pull), guide.by_site(slope)):
@@ -191,13 +205,8 @@ def best_of_modules(model: RankModel, worth: Tensor, min_rank: int) -> Tensor:
     Raises:
         ValueError: If ``min_rank`` is negative, or ``worth`` has NaN.
     """
-    if min_rank < 0:
-        raise ValueError(f"min_rank={min_rank}; expected 0 or more")
-    if worth.isnan().any():
-        raise ValueError(
-            f"log alpha is NaN for {int(worth.isnan().sum())} rank components: the "
-            f"training diverged; lower the learning rate, or clip_norm"
-        )
+    check_count("min_rank", min_rank, 0, "prune(model, guide, min_rank=1)")
+    _refuse_nan("log alpha", worth)
     space = model.space
     best = torch.zeros_like(worth, dtype=torch.bool)
     spares, dora = space.split(best), space.dora
@@ -206,6 +215,27 @@ def best_of_modules(model: RankModel, worth: Tensor, min_rank: int) -> Tensor:
         # The parts are views of ``best``.
         spares[name][worths.topk(min(floor, len(worths))).indices] = True
     return best
+
+
+def check_threshold(log_alpha_threshold: float) -> None:
+    """Raise a ValueError unless a threshold of log alpha is a number."""
+    # Infinite ones mean something: all stay, or all but ``min_rank`` go.
+    number = "a number: log_alpha_threshold=3.0"
+    name = "log_alpha_threshold"
+    check_number(name, log_alpha_threshold, number, lambda _: True)
+
+
+def _is_cost(number: float) -> bool:
+    return number >= 0
+
+
+def _refuse_nan(what: str, values: Tensor) -> None:
+    if count := int(values.isnan().sum()):
+        raise ValueError(
+            f"{what} is NaN for {count} of {len(values)} components: the training "
+            f"diverged; train again, at a lower learning rate or with clip_norm: "
+            f"lrvd_pyro.optim.AdamW(lr=1e-4, clip_norm=num_data)"
+        )
 
 
 def refuse_nothing_left(

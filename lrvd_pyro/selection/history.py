@@ -72,11 +72,10 @@ class RankHistory:
     def effective_ranks(self) -> dict[str, Tensor]:
         """The effective rank of each module of the full model, (T,) each."""
         share = torch.sigmoid(-self.log_alpha).nan_to_num(0.0)
-        modules = [str(name) for name in self.coordinates["module"]]
-        return {
-            name: share[:, [i for i, m in enumerate(modules) if m == name]].sum(-1)
-            for name in dict.fromkeys(modules)
-        }
+        members: dict[str, list[int]] = {}
+        for i, name in enumerate(self.coordinates["module"]):
+            members.setdefault(str(name), []).append(i)
+        return {name: share[:, ranks].sum(-1) for name, ranks in members.items()}
 
     def frame(self) -> "pandas.DataFrame":
         """A table with one row per step and component, in long form.

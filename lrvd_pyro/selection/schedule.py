@@ -6,11 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lrvd_pyro._numbers import check_count
 from lrvd_pyro.guides.base import RankGuide
 from lrvd_pyro.inference.elbo import RankELBO
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.optim import Optimizer
-from lrvd_pyro.selection.criteria import best_of_modules, refuse_nothing_left
+from lrvd_pyro.selection.criteria import (
+    best_of_modules,
+    check_threshold,
+    refuse_nothing_left,
+)
 from lrvd_pyro.selection.removal import check_pair, select
 
 __all__ = ["RankSchedule"]
@@ -73,11 +78,12 @@ class RankSchedule:
         elbo: RankELBO | None = None,
     ) -> None:
         check_pair(model, guide)
-        if start < 0 or every < 1 or checks < 1:
-            raise ValueError(
-                f"start={start}, every={every}, checks={checks}; expected numbers of "
-                f"steps and looks: RankSchedule(..., start=500, every=100, checks=3)"
-            )
+        counts = {"start": (start, 0), "every": (every, 1), "checks": (checks, 1)}
+        counts["min_rank"] = min_rank, 0
+        example = "RankSchedule(..., start=500, every=100, checks=3)"
+        for name, (number, least) in counts.items():
+            check_count(name, number, least, example)
+        check_threshold(log_alpha_threshold)
         self.model, self.guide, self.optimizer = model, guide, optimizer
         self.start, self.every, self.checks = start, every, checks
         self.log_alpha_threshold = log_alpha_threshold

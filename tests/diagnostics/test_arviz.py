@@ -167,9 +167,13 @@ def test_what_has_no_log_likelihood_is_refused() -> None:
     model, guide = pair()
     with pytest.raises(TypeError, match=r"batches is one batch; expected several"):
         to_arviz(model, guide, tokens())  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"got 0 batches and num_samples=200"):
+    with pytest.raises(
+        ValueError, match=r"got no batches; expected at least one: to_arviz"
+    ):
         to_arviz(model, guide, [])
-    with pytest.raises(ValueError, match=r"num_samples=0; expected at least one"):
+    with pytest.raises(
+        ValueError, match=r"num_samples=0; expected a whole number, 1 or more"
+    ):
         to_arviz(model, guide, [tokens()], 0)
     for batches in ([tokens(labels=False)], [tokens(), tokens(labels=False)]):
         with pytest.raises(ValueError, match=r"has no labels, and the log like"):

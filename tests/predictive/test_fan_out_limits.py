@@ -220,5 +220,7 @@ def test_a_shared_output_may_be_written_to() -> None:
 def test_max_batch_below_one_is_refused() -> None:
     model = GateLoRA(perceptron(), num_data=9)
     batch = {"x": torch.randn(4, 5)}
-    with pytest.raises(ValueError, match="max_batch=0; expected the most rows"):
+    with pytest.raises(
+        ValueError, match="max_batch=0; expected a whole number, 1 or more"
+    ):
         lrvd.predict(model, RankDiagonal(model), [batch], max_batch=0)
