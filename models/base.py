@@ -1,8 +1,8 @@
 """What a model is: the three methods that a new one gives, and what it gets."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from numbers import Integral
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -20,6 +20,7 @@ from lrvd_pyro.inference import mcmc
 from lrvd_pyro.inference.kl import latent_sites, scaled_log_prob
 from lrvd_pyro.inference.param_store import UniqueModule, check_registered
 from lrvd_pyro.inference.per_example import drawn_per_example
+from lrvd_pyro.inference.threads import alone_in_pyro
 from lrvd_pyro.likelihoods.base import Likelihood, check_likelihood
 from lrvd_pyro.rank_space.space import RankSpace
 
@@ -154,6 +155,7 @@ class RankModel(UniqueModule):
         """
         return None
 
+    @alone_in_pyro()
     def latent_sites(self) -> dict[str, Distribution]:
         """The prior distribution of each latent site, from one run."""
         # A mere look: no random number is used up, and no outer handler sees it.
@@ -171,6 +173,7 @@ class RankModel(UniqueModule):
             for name, fn in self.latent_sites().items()
         }
 
+    @alone_in_pyro()
     def value_at(self, latents: Mapping[str, Tensor]) -> Tensor:
         """What the model binds when its latent sites have the given values.
 
@@ -190,6 +193,7 @@ class RankModel(UniqueModule):
             )
         return value
 
+    @alone_in_pyro()
     def log_prior(self, latents: Mapping[str, Tensor]) -> Tensor:
         """The log prior density of values of the latent sites, summed, in nats."""
         with poutine.block(), poutine.trace() as run:
@@ -198,6 +202,7 @@ class RankModel(UniqueModule):
         nodes: dict[str, Any] = run.trace.nodes
         return torch.stack([scaled_log_prob(nodes[name]) for name in latents]).sum()
 
+    @alone_in_pyro()
     def forward(self, *, labels: Tensor | None = None, **inputs: object) -> Tensor:
         """Draw the adapter, run the network, observe (or draw) the labels.
 
@@ -287,14 +292,6 @@ def check_num_data(num_data: int | None) -> int:
     return int(num_data or 0)
 
 
-@contextmanager
-def evaluating(model: RankModel) -> Iterator[None]:
-    """Run the network in eval mode within the block; its mode is restored."""
-    # Module by module: users keep parts of a training network in eval mode.
-    was_training = [m for m in model.base_net.modules() if m.training]
-    model.base_net.eval()
-    try:
-        yield
-    finally:
-        for module in was_training:
-            module.training = True
+def evaluating(model: RankModel) -> AbstractContextManager[None]:
+    """Run the network in eval mode within the block, for this thread alone."""
+    return model.space.binding.evaluating()

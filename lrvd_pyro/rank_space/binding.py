@@ -70,6 +70,22 @@ class Binding:
         if any(gate.fired for gate in self._gates):
             self.check_fired()
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Run the network in eval mode within the block; its mode is restored.
+
+        Other threads wait until the block ends, or their passes are refused.
+        """
+        with self.bank.owning():
+            # Module by module: users keep parts of a training network in eval mode.
+            was_training = [m for m in self.net.modules() if m.training]
+            self.net.eval()
+            try:
+                yield
+            finally:
+                for module in was_training:
+                    module.training = True
+
     def check_fired(self) -> None:
         """Raise a RuntimeError if forward passes so far left some LoRA module out."""
         if self._fired:

@@ -1,0 +1,55 @@
+"""Pyro programs while the process has several threads."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+
+from pyro.poutine.messenger import Messenger
+
+from lrvd_pyro._compat.pyro import messengers, other_thread_in_pyro
+from lrvd_pyro.threads import one_at_a_time
+
+__all__ = ["alone_in_pyro"]
+
+
+@contextmanager
+def alone_in_pyro() -> Iterator[None]:
+    """Run Pyro programs within the block, of which other threads' handlers see nothing.
+
+    Pyro keeps its effect handlers in one stack for the whole process: a statement of
+    one thread goes through the handlers of all. Threads that predict take turns. Pyro's
+    own inference takes none, so it is refused beside the block.
+
+    Raises:
+        RuntimeError: If another thread runs Pyro's inference or a handler meanwhile.
+    """
+    with one_at_a_time():
+        if name := other_thread_in_pyro():
+            raise RuntimeError(_refusal(name))
+        with _Base():
+            yield
+
+
+class _Base(Messenger):
+    """Does nothing to a statement, and sees whether the handlers above it have left."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if messengers()[-1:] == [self]:
+            return super().__exit__(kind, error, trace)
+        # with an error, Pyro removes this handler and all that stand above it
+        super().__exit__(RuntimeError, RuntimeError(), trace)
+        raise RuntimeError(_refusal(other_thread_in_pyro() or "another")) from error
+
+
+def _refusal(name: str) -> str:
+    return (
+        f"thread {name!r} runs Pyro at the same time, and Pyro's effect handlers are "
+        f"common to all threads: each would see the other's draws and parameters; "
+        f"train in one thread at a time (several models: one process for each), and "
+        f"predict by lrvd_pyro.predict when no step runs"
+    )
