@@ -46,8 +46,8 @@ def mcmc_is_running() -> bool:
     return _within(inspect.currentframe(), ("pyro.infer.mcmc",))
 
 
-def other_thread_in_pyro() -> str | None:
-    """The name of another thread that runs Pyro's inference or a handler, if any.
+def other_thread_in_pyro(*modules: str) -> str | None:
+    """The name of another thread that runs code of these modules of Pyro, if any.
 
     Read from the frames of the threads, since a handler does not say who entered it.
     """
@@ -56,7 +56,7 @@ def other_thread_in_pyro() -> str | None:
     frames, me = sys._current_frames(), threading.get_ident()
     for thread in threading.enumerate():
         frame = frames.get(thread.ident or 0)
-        if thread.ident != me and _within(frame, ("pyro.infer.", "pyro.poutine.")):
+        if thread.ident != me and _within(frame, modules):
             return thread.name
     return None
 

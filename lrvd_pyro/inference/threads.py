@@ -11,6 +11,10 @@ from lrvd_pyro.threads import one_at_a_time
 
 __all__ = ["alone_in_pyro"]
 
+# What runs programs by itself, and what enters handlers or has statements.
+_DRIVERS = tuple(f"pyro.infer.{m}" for m in ("svi", "elbo", "mcmc", "predictive"))
+_ANY = ("pyro.infer.", "pyro.poutine.")
+
 
 @contextmanager
 def alone_in_pyro() -> Iterator[None]:
@@ -23,9 +27,10 @@ def alone_in_pyro() -> Iterator[None]:
     Raises:
         RuntimeError: If another thread runs Pyro's inference or a handler meanwhile.
     """
+    # A driver entered its handlers before it takes its turn, and keeps them after it.
+    _refuse(other_thread_in_pyro(*_DRIVERS))
     with one_at_a_time():
-        if name := other_thread_in_pyro():
-            raise RuntimeError(_refusal(name))
+        _refuse(other_thread_in_pyro(*_ANY))
         with _Base():
             yield
 
@@ -43,11 +48,16 @@ class _Base(Messenger):
             return super().__exit__(kind, error, trace)
         # with an error, Pyro removes this handler and all that stand above it
         super().__exit__(RuntimeError, RuntimeError(), trace)
-        raise RuntimeError(_refusal(other_thread_in_pyro() or "another")) from error
+        raise _refusal(other_thread_in_pyro(*_ANY) or "unknown") from error
 
 
-def _refusal(name: str) -> str:
-    return (
+def _refuse(name: str | None) -> None:
+    if name is not None:
+        raise _refusal(name)
+
+
+def _refusal(name: str) -> RuntimeError:
+    return RuntimeError(
         f"thread {name!r} runs Pyro at the same time, and Pyro's effect handlers are "
         f"common to all threads: each would see the other's draws and parameters; "
         f"train in one thread at a time (several models: one process for each), and "
