@@ -1,5 +1,6 @@
 """Pyro programs while the process has several threads."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
@@ -16,6 +17,13 @@ _DRIVERS = tuple(f"pyro.infer.{m}" for m in ("svi", "elbo", "mcmc", "predictive"
 _ANY = ("pyro.infer.", "pyro.poutine.")
 
 
+class _Here(threading.local):
+    alone = False  # whether this thread is within `alone_in_pyro`
+
+
+_here = _Here()
+
+
 @contextmanager
 def alone_in_pyro() -> Iterator[None]:
     """Run Pyro programs within the block, of which other threads' handlers see nothing.
@@ -27,12 +35,19 @@ def alone_in_pyro() -> Iterator[None]:
     Raises:
         RuntimeError: If another thread runs Pyro's inference or a handler meanwhile.
     """
+    if _here.alone:
+        yield
+        return
     # A driver entered its handlers before it takes its turn, and keeps them after it.
     _refuse(other_thread_in_pyro(*_DRIVERS))
     with one_at_a_time():
         _refuse(other_thread_in_pyro(*_ANY))
-        with _Base():
-            yield
+        _here.alone = True
+        try:
+            with _Base():
+                yield
+        finally:
+            _here.alone = False
 
 
 class _Base(Messenger):
