@@ -1,8 +1,8 @@
 """What a model is: the three methods that a new one gives, and what it gets."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -20,9 +20,9 @@ from lrvd_pyro.inference import mcmc
 from lrvd_pyro.inference.kl import latent_sites, scaled_log_prob
 from lrvd_pyro.inference.param_store import UniqueModule, check_registered
 from lrvd_pyro.inference.per_example import drawn_per_example
+from lrvd_pyro.inference.threads import alone_in_pyro
 from lrvd_pyro.likelihoods.base import Likelihood, check_likelihood
 from lrvd_pyro.models.checks import FrozenAdapter
-from lrvd_pyro.rank_space.binding import in_eval_mode
 from lrvd_pyro.rank_space.space import RankSpace
 
 __all__ = ["Factors", "RankModel", "SiteLabels", "evaluating"]
@@ -157,6 +157,7 @@ class RankModel(UniqueModule):
         """
         return None
 
+    @alone_in_pyro()
     def latent_sites(self) -> dict[str, Distribution]:
         """The prior distribution of each latent site, from one run."""
         # A mere look: no random number is used up, and no outer handler sees it.
@@ -174,6 +175,7 @@ class RankModel(UniqueModule):
             for name, fn in self.latent_sites().items()
         }
 
+    @alone_in_pyro()
     def value_at(self, latents: Mapping[str, Tensor]) -> Tensor:
         """What the model binds when its latent sites have the given values.
 
@@ -193,6 +195,7 @@ class RankModel(UniqueModule):
             )
         return value
 
+    @alone_in_pyro()
     def log_prior(self, latents: Mapping[str, Tensor]) -> Tensor:
         """The log prior density of values of the latent sites, summed, in nats."""
         with poutine.block(), poutine.trace() as run:
@@ -201,6 +204,7 @@ class RankModel(UniqueModule):
         nodes: dict[str, Any] = run.trace.nodes
         return torch.stack([scaled_log_prob(nodes[name]) for name in latents]).sum()
 
+    @alone_in_pyro()
     def forward(self, *, labels: Tensor | None = None, **inputs: object) -> Tensor:
         """Draw the adapter, run the network, observe (or draw) the labels.
 
@@ -277,8 +281,6 @@ class RankModel(UniqueModule):
                 check_registered(path, parameter)
 
 
-@contextmanager
-def evaluating(model: RankModel) -> Iterator[None]:
-    """Run the network in eval mode within the block; its mode is restored."""
-    with in_eval_mode(model.base_net):
-        yield
+def evaluating(model: RankModel) -> AbstractContextManager[None]:
+    """Run the network in eval mode within the block, for this thread alone."""
+    return model.space.binding.evaluating()

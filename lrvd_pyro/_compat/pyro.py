@@ -1,7 +1,10 @@
 """Private parts of Pyro."""
 
 import inspect
+import sys
+import threading
 from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import pyro
@@ -17,6 +20,7 @@ __all__ = [
     "mcmc_is_running",
     "messengers",
     "name_of",
+    "other_thread_in_pyro",
     "plain_child",
     "plain_parameter",
     "rename",
@@ -39,9 +43,28 @@ def mcmc_is_running() -> bool:
 
     Read from the frames of the call, since MCMC leaves no mark in the program's trace.
     """
-    frame = inspect.currentframe()
+    return _within(inspect.currentframe(), ("pyro.infer.mcmc",))
+
+
+def other_thread_in_pyro(*modules: str) -> str | None:
+    """The name of another thread that runs code of these modules of Pyro, if any.
+
+    Read from the frames of the threads, since a handler does not say who entered it.
+    """
+    if threading.active_count() == 1:
+        return None
+    frames, me = sys._current_frames(), threading.get_ident()
+    for thread in threading.enumerate():
+        frame = frames.get(thread.ident or 0)
+        if thread.ident != me and _within(frame, modules):
+            return thread.name
+    return None
+
+
+def _within(frame: FrameType | None, modules: tuple[str, ...]) -> bool:
+    """Whether a frame, or one that called it, runs code of these modules."""
     while frame is not None:
-        if frame.f_globals.get("__name__", "").startswith("pyro.infer.mcmc"):
+        if frame.f_globals.get("__name__", "").startswith(modules):
             return True
         frame = frame.f_back
     return False

@@ -10,10 +10,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 __all__ = [
     "add_each",
     "convolves",
+    "evaluated_node",
     "forward_hooks",
     "in_backward",
     "is_compiled",
     "multiply_each",
+    "next_node",
     "persistent_buffers",
     "tree_leaves",
     "tree_map",
@@ -57,6 +59,23 @@ def in_backward() -> bool:
     Private, since torch has no public name for it.
     """
     return bool(torch._C._current_graph_task_id() != -1)
+
+
+def next_node() -> int:
+    """The number that the next autograd node of this thread will have.
+
+    Private, since torch shows the number only of nodes that exist.
+    """
+    return int(torch._C._autograd._get_sequence_nr())
+
+
+def evaluated_node() -> int:
+    """The number of the node that the backward pass evaluates now; -1 without one.
+
+    Private, since torch has no public name for it.
+    """
+    node: Any = torch._C._current_autograd_node()
+    return -1 if node is None else int(node._sequence_nr())
 
 
 def is_compiled(net: nn.Module) -> bool:

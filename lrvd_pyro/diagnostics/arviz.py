@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lrvd_pyro.batches import Batch, batch_size, opened, without_labels
 from lrvd_pyro.inference.programs import Guide
+from lrvd_pyro.inference.threads import alone_in_pyro
 from lrvd_pyro.likelihoods.base import precise
 from lrvd_pyro.models.base import RankModel, evaluating
 from lrvd_pyro.predictive.draws import posterior_draws, seeded
@@ -161,7 +162,7 @@ def _under_one_draw(
         predictions = model.predictions(**inputs)
     # A likelihood is a program, so the distribution of the labels is read from its
     # site. With the batch's size for N, a batch may be larger than the training set.
-    with poutine.block(), poutine.trace() as run:
+    with alone_in_pyro(), poutine.block(), poutine.trace() as run:
         model.likelihood(predictions, labels, len(labels))
     site: Any = run.trace.nodes["labels"]
     # By the mask, and not by the plate's scale: the density is per datum.

@@ -19,6 +19,7 @@ from lrvd_pyro.batches import (
     without_labels,
 )
 from lrvd_pyro.gauge.token_sums import OVERFLOW, Sums, tapped
+from lrvd_pyro.inference.threads import alone_in_pyro
 from lrvd_pyro.models import GateLoRA
 from lrvd_pyro.models.base import evaluating
 from lrvd_pyro.predictive.draws import seeded
@@ -204,7 +205,7 @@ def _log_likelihood(
         raise ValueError("the network's predictions are not finite; " + OVERFLOW)
     try:
         # The site's own distribution gives the density without the plate's N/B.
-        with poutine.block(), pyro.validation_enabled(False):
+        with alone_in_pyro(), poutine.block(), pyro.validation_enabled(False):
             program = poutine.trace(model.likelihood)
             run = program.get_trace(predictions, labels, model.num_data)
         site: Any = run.nodes["labels"]

@@ -34,6 +34,7 @@ from lrvd_pyro.inference.kl import divergence, scaled_log_prob
 from lrvd_pyro.inference.param_store import check_name_is_free
 from lrvd_pyro.inference.per_example import Multiplicities, PerExample
 from lrvd_pyro.inference.programs import Guide, Program
+from lrvd_pyro.inference.threads import alone_in_pyro
 
 __all__ = ["RankELBO"]
 
@@ -141,6 +142,7 @@ class RankELBO(TraceMeanField_ELBO):
             raise refusal(wrong, self.step, "", {})
         return loss
 
+    @alone_in_pyro()
     def differentiable_loss(
         self, model: Program, guide: Guide, *args: object, **kwargs: object
     ) -> Tensor:
@@ -152,6 +154,7 @@ class RankELBO(TraceMeanField_ELBO):
         particles = self._particles(model, guide, args, kwargs)
         return torch.stack([loss for loss, _, _ in particles]).sum()
 
+    @alone_in_pyro()
     def loss_and_grads(
         self, model: Program, guide: Guide, *args: object, **kwargs: object
     ) -> float:
@@ -216,12 +219,12 @@ class RankELBO(TraceMeanField_ELBO):
             _add_mean(divergences, {"total": total} | kl, self.num_particles)
             prior = total - observed.get("weight_prior", 0.0)
             loss = weight * prior - observed.get("log_likelihood", 0.0)
-            if "log_likelihood" in observed and torch.is_grad_enabled():
+            learns = "log_likelihood" in observed and torch.is_grad_enabled()
+            if learns and not self._reach_checked:
                 # Once only, since the check walks the whole graph.
-                if not self._reach_checked:
-                    fit = observed["log_likelihood"] + hierarchy(model_trace)
-                    warn_of_unreached(fit, guide_trace, NO_NOISE)
-                    warn_of_unreached(loss, model_trace, NO_GRADIENT)
+                fit = observed["log_likelihood"] + hierarchy(model_trace)
+                warn_of_unreached(fit, guide_trace, NO_NOISE)
+                warn_of_unreached(loss, model_trace, NO_GRADIENT)
                 self._reach_checked = True
             read = parameters(model_trace, guide_trace)
             if torch.is_grad_enabled():

@@ -11,7 +11,9 @@ from lrvd_pyro.batches import Batch
 from lrvd_pyro.inference.kl import latent_sites
 from lrvd_pyro.inference.param_store import waits_for_first_call
 from lrvd_pyro.inference.programs import Guide
+from lrvd_pyro.inference.threads import alone_in_pyro
 from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.threads import one_at_a_time
 
 __all__ = [
     "bound_values",
@@ -42,6 +44,7 @@ def posterior_draws(
     return [draw_latents(model, guide, batch) for _ in range(num_samples)]
 
 
+@alone_in_pyro()
 def draw_latents(model: RankModel, guide: Guide | None, batch: Batch) -> _Latents:
     """One draw of every latent site from the guide.
 
@@ -94,6 +97,7 @@ def unstack(samples: Mapping[str, Tensor]) -> list[_Latents]:
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Draw from this seed within the block; the random state is restored after it."""
-    with torch.random.fork_rng():
+    # the random state is common to all threads
+    with one_at_a_time(), torch.random.fork_rng():
         torch.manual_seed(seed)
         yield

@@ -14,6 +14,7 @@ from lrvd_pyro.batches import Batch, gate_rows
 from lrvd_pyro.inference.kl import latent_sites
 from lrvd_pyro.inference.per_example import PerExample
 from lrvd_pyro.inference.programs import Guide
+from lrvd_pyro.inference.threads import alone_in_pyro
 from lrvd_pyro.likelihoods.base import contrasts_of
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.rank_space.find import plain_net
@@ -247,6 +248,7 @@ def _independent(posterior: Distribution) -> GateGaussian:
     return GateGaussian(mean, posterior.variance, mean.new_zeros(0, len(mean)))
 
 
+@alone_in_pyro()
 def _gate_draws(model: RankModel, guide: Guide, batch: Batch, count: int) -> Tensor:
     """Draws of the gate, ``count x R``, from one call of the guide."""
     # As if the batch had `count` examples with a draw each: one trace, all levels of a

@@ -1,4 +1,8 @@
-"""Predictions under the posterior: streamed, under one draw, or at the mean."""
+"""Predictions under the posterior: streamed, under one draw, or at the mean.
+
+Several threads may predict with one model: they take turns, and a draw belongs to the
+thread that binds it.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -134,7 +138,9 @@ def posterior_sample(
 ) -> Iterator[PeftModel]:
     """Run the network under one draw from the posterior within the block.
 
-    All of Transformers works there, ``generate`` too::
+    All of Transformers works there, ``generate`` too. Other threads that predict wait
+    until the block ends. A thread that is started within it has no draw, and its passes
+    are refused. The block must end before an ``await``::
 
         with posterior_sample(model, guide, seed=0) as net:
             net.generate(**prompt)
@@ -160,7 +166,8 @@ def posterior_mean(
     """Run the network at the posterior mean of its adapter within the block.
 
     The mean is exact for guides with a method ``mean`` (`RankDiagonal`). For others it
-    is the mean of ``num_samples`` draws, which cost no forward pass.
+    is the mean of ``num_samples`` draws, which cost no forward pass. Threads are as in
+    `posterior_sample`.
 
     Example::
 

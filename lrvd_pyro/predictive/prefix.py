@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from threading import get_ident
 from typing import Any
 
 from torch import Tensor, nn
@@ -138,11 +139,15 @@ def _outermost(module: nn.Module, live: set[nn.Module]) -> Iterator[nn.Module]:
 def _patched(modules: Iterable[nn.Module], call: _Forward) -> Iterator[None]:
     """Let ``call(module, forward, ...)`` replace each module's forward in the block.
 
+    Other threads keep the module's own forward.
+
     An instance may have a ``forward`` of its own, as accelerate sets it: it comes back.
     """
     own_forwards = {module: module.__dict__.get("forward") for module in modules}
     for module in own_forwards:
-        module.__dict__["forward"] = partial(call, module, module.forward)
+        forward = module.forward
+        here = partial(call, module, forward)
+        module.__dict__["forward"] = partial(_by_thread, get_ident(), here, forward)
     try:
         yield
     finally:
@@ -150,6 +155,13 @@ def _patched(modules: Iterable[nn.Module], call: _Forward) -> Iterator[None]:
             del module.__dict__["forward"]
             if forward is not None:
                 module.__dict__["forward"] = forward
+
+
+def _by_thread(
+    thread: int, here: _Forward, elsewhere: _Forward, *args: object, **kwargs: object
+) -> object:
+    forward = here if get_ident() == thread else elsewhere
+    return forward(*args, **kwargs)
 
 
 def _lengths(tree: object) -> list[int]:

@@ -72,6 +72,15 @@ class Binding:
         if judged == self.passes and any(gate.fired for gate in self._gates):
             self.check_fired()
 
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Run the network in eval mode within the block; its mode is restored.
+
+        Other threads wait until the block ends, or their passes are refused.
+        """
+        with self.bank.owning(), in_eval_mode(self.net):
+            yield
+
     def unreached(self) -> list[str]:
         """The LoRA modules that no forward pass has run so far."""
         return [n for n, gate in zip(self.layers, self._gates) if not gate.fired]

@@ -35,8 +35,8 @@ class GateHook:
     def __call__(
         self, module: nn.Module, args: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...] | None:
-        self.fired = True
         gate = self.bank.read("gate", self.index)
+        self.fired = True
         if gate is None:
             return None
         h = args[0]

@@ -1,6 +1,7 @@
 """The private parts of other libraries exist, and mean what `_compat` says."""
 
 import copy
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from lrvd_pyro._compat import pyro as compat_pyro
 from lrvd_pyro._compat import torch as compat_torch
 
 SEEN: list[bool] = []
+NUMBERS: list[int] = []
 
 
 class Probe(torch.autograd.Function):
@@ -39,6 +41,28 @@ def test_torch_says_when_a_backward_pass_runs() -> None:
     SEEN.clear()
     Probe.apply(torch.ones(1, requires_grad=True)).sum().backward()
     assert SEEN == [False, True], "torch._C._current_graph_task_id has changed"
+
+
+class Numbered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        NUMBERS.append(compat_torch.next_node())
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        NUMBERS.append(compat_torch.evaluated_node())
+        return grad
+
+
+def test_torch_numbers_its_nodes_and_says_which_one_it_evaluates() -> None:
+    NUMBERS.clear()
+    assert compat_torch.evaluated_node() == -1
+    first = compat_torch.next_node()
+    Numbered.apply(torch.ones(1, requires_grad=True)).sum().backward()
+    changed = "torch._C._autograd._get_sequence_nr or _current_autograd_node changed"
+    assert NUMBERS == [first + 1, first], changed
+    assert compat_torch.next_node() > first
 
 
 def test_torch_marks_a_compiled_module() -> None:
@@ -263,3 +287,28 @@ def test_every_function_is_tested_here(module: Any) -> None:
     for name in module.__all__:
         if getattr(module, name).__module__ == module.__name__:
             assert f".{name}(" in source, name
+
+
+def test_a_thread_in_pyro_is_found_by_its_frames() -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def program() -> None:
+        entered.set()
+        leave.wait(20)
+
+    def find() -> str | None:
+        return compat_pyro.other_thread_in_pyro("pyro.infer.", "pyro.poutine.")
+
+    thread = threading.Thread(target=poutine.trace(program), name="other")
+    assert find() is None
+    thread.start()
+    entered.wait(20)
+    try:
+        assert find() == "other"
+        assert compat_pyro.other_thread_in_pyro("pyro.infer.") is None
+        with poutine.trace():
+            assert find() == "other"
+    finally:
+        leave.set()
+        thread.join()
+    assert find() is None

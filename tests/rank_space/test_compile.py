@@ -1,6 +1,7 @@
 """Draws reach a compiled network, and a fresh draw does not compile it again."""
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -128,6 +129,34 @@ def test_svi_on_a_compiled_network_equals_svi_on_the_network() -> None:
             svi.step(**batch)
             assert graphs() == before
     close(losses[1], losses[0], rtol=1e-10, atol=0)
+
+
+@compiling
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_compiled_network_refuses_a_thread_without_the_draw(fullgraph: bool) -> None:
+    net, x = nets.perceptron(), torch.randn(3, 5)
+    space, found = RankSpace(net), []
+    plain = net(x)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=fullgraph)
+
+    def run() -> None:
+        try:
+            found.append(compiled(x))
+        except RuntimeError as error:  # with fullgraph=True it is Dynamo's
+            found.append(error)
+
+    for _ in range(2):
+        with space.bind(torch.rand(space.size)):
+            drawn = compiled(x)
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join()
+            close(compiled(x), drawn, rtol=0, atol=0)
+        assert isinstance(found[-1], RuntimeError)
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        close(found[-1], plain, rtol=1e-10, atol=1e-12)
 
 
 def test_a_network_compiled_before_the_injection_would_miss_the_hooks() -> None:

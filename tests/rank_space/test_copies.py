@@ -40,6 +40,18 @@ def test_a_copy_has_its_own_bank(duplicate: Callable[[GateLoRA], GateLoRA]) -> N
         close(twin.base_net(x), plain, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, through_pickle])
+def test_a_copy_made_within_a_block_has_no_draw(
+    duplicate: Callable[[GateLoRA], GateLoRA],
+) -> None:
+    model = GateLoRA(nets.perceptron(), num_data=10)
+    x = torch.randn(2, 5)
+    plain = model.base_net(x)
+    with model.space.bind(torch.zeros(8)):
+        twin = duplicate(model)
+    close(twin.base_net(x), plain, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickle.loads])
 def test_a_copied_network_follows_no_space_until_it_gets_its_own(
     duplicate: Callable[[Any], PeftModel],
