@@ -145,9 +145,9 @@ def _patched(modules: Iterable[nn.Module], call: _Forward) -> Iterator[None]:
     """
     own_forwards = {module: module.__dict__.get("forward") for module in modules}
     for module in own_forwards:
-        forward = module.forward
-        here = partial(call, module, forward)
-        module.__dict__["forward"] = partial(_by_thread, get_ident(), here, forward)
+        plain = module.forward
+        here = partial(call, module, plain)
+        module.__dict__["forward"] = partial(_by_thread, get_ident(), here, plain)
     try:
         yield
     finally:
