@@ -26,7 +26,7 @@ from benchmarks.measuring import append
 from benchmarks.memory_rows import REFUSED, ROWS, Net, Row, adapted
 
 LIMIT = 4096
-SHAPES = ((250, 160), (5000, 8))  # modules, and the rank of each
+SHAPES = ((250, 160),)  # modules, and the rank of each
 RESULTS = Path(__file__).parent / "results" / "memory.jsonl"
 
 
