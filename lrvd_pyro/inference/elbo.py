@@ -28,12 +28,14 @@ from lrvd_pyro.inference.gradients import (
     infinite_gradients,
     largest_square,
     refusal,
+    uses_float16,
     weakly,
 )
-from lrvd_pyro.inference.kl import divergence, scaled_log_prob
+from lrvd_pyro.inference.kl import divergence
 from lrvd_pyro.inference.param_store import check_name_is_free
 from lrvd_pyro.inference.per_example import Multiplicities, PerExample
 from lrvd_pyro.inference.programs import Guide, Program
+from lrvd_pyro.inference.terms import add_mean, observed_terms
 from lrvd_pyro.inference.threads import alone_in_pyro
 
 __all__ = ["RankELBO"]
@@ -213,10 +215,10 @@ class RankELBO(TraceMeanField_ELBO):
         divergences: dict[str, Tensor] = {}
         for _ in range(self.num_particles):
             model_trace, guide_trace, kl = self._run(model, guide, args, kwargs)
-            observed = _observed(model_trace)
+            observed = observed_terms(model_trace)
             total = torch.stack(list(kl.values())).sum() if kl else torch.zeros(())
-            _add_mean(terms, observed, self.num_particles)
-            _add_mean(divergences, {"total": total} | kl, self.num_particles)
+            add_mean(terms, observed, self.num_particles)
+            add_mean(divergences, {"total": total} | kl, self.num_particles)
             prior = total - observed.get("weight_prior", 0.0)
             loss = weight * prior - observed.get("log_likelihood", 0.0)
             learns = "log_likelihood" in observed and torch.is_grad_enabled()
@@ -229,7 +231,8 @@ class RankELBO(TraceMeanField_ELBO):
             read = parameters(model_trace, guide_trace)
             if torch.is_grad_enabled():
                 self._trained = weakly(read, model, guide)
-            yield loss / self.num_particles, read, data_scale(model_trace)
+            scale = data_scale(model_trace) if uses_float16(model) else 1.0
+            yield loss / self.num_particles, read, scale
         self.terms = terms | {"kl": divergences, "kl_weight": torch.tensor(weight)}
         self.step += torch.is_grad_enabled()
 
@@ -278,24 +281,3 @@ class RankELBO(TraceMeanField_ELBO):
                 f"estimated by Monte Carlo",
                 stacklevel=2,
             )
-
-
-def _observed(trace: Trace) -> dict[str, Tensor]:
-    """The log likelihood, and the weight prior if there is one, in nats."""
-    terms: dict[str, Any] = {}
-    nodes: dict[str, Any] = trace.nodes
-    for site in nodes.values():
-        if site["type"] != "sample" or not site["is_observed"]:
-            continue
-        # pyro.deterministic is an observed Delta, of log density 0.
-        if site["infer"].get("_deterministic"):
-            continue
-        is_prior = site["infer"].get("is_weight_prior")
-        entry = "weight_prior" if is_prior else "log_likelihood"
-        terms[entry] = terms.get(entry, 0.0) + scaled_log_prob(site)
-    return terms
-
-
-def _add_mean(totals: dict[str, Tensor], terms: dict[str, Tensor], count: int) -> None:
-    for name, term in terms.items():
-        totals[name] = totals.get(name, 0.0) + term.detach() / count

@@ -20,8 +20,11 @@ __all__ = [
     "infinite_gradients",
     "largest_square",
     "refusal",
+    "uses_float16",
     "weakly",
 ]
+
+_float16: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 def data_scale(trace: Trace) -> float:
@@ -45,6 +48,26 @@ def data_scale(trace: Trace) -> float:
     largest = max(scales, default=1.0)
     usable = math.isfinite(largest) and largest > 1.0
     return 2.0 ** round(math.log2(largest)) if usable else 1.0
+
+
+def uses_float16(program: object) -> bool:
+    """Whether a program computes in float16, as seen at its first loss.
+
+    Other precisions have the range of float32, so that their gradients stay as they are
+    for whoever listens to them in the backward pass.
+    """
+    if any(
+        torch.is_autocast_enabled(device)
+        and torch.get_autocast_dtype(device) is torch.float16
+        for device in ("cpu", "cuda")
+    ):
+        return True
+    if not isinstance(program, nn.Module):
+        return False
+    if program not in _float16:
+        found = any(p.dtype is torch.float16 for p in program.parameters())
+        _float16[program] = found
+    return _float16[program]
 
 
 class Gradients:

@@ -151,10 +151,10 @@ def _patched(modules: Iterable[nn.Module], call: _Forward) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, forward in own_forwards.items():
+        for module, own_forward in own_forwards.items():
             del module.__dict__["forward"]
-            if forward is not None:
-                module.__dict__["forward"] = forward
+            if own_forward is not None:
+                module.__dict__["forward"] = own_forward
 
 
 def _by_thread(

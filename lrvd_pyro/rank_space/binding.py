@@ -13,7 +13,7 @@ from lrvd_pyro.rank_space.checkpointing import carried_by_checkpointing
 from lrvd_pyro.rank_space.hooks import GateHook, WeightHook, obstacle, own_hooks
 from lrvd_pyro.rank_space.rows import Side
 
-__all__ = ["Binding", "in_eval_mode"]
+__all__ = ["Binding"]
 
 _PASSES = 32  # at a layerdrop of .5, one of 1e9 layers is dropped in all of them
 
@@ -78,7 +78,7 @@ class Binding:
 
         Other threads wait until the block ends, or their passes are refused.
         """
-        with self.bank.owning(), in_eval_mode(self.net):
+        with self.bank.owning(), _in_eval_mode(self.net):
             yield
 
     def unreached(self) -> list[str]:
@@ -104,7 +104,7 @@ class Binding:
             device = next(self.net.parameters()).device
             # A run that is killed and resumed judges once more, from the same state.
             state = torch.random.fork_rng([device] if device.type == "cuda" else [])
-            with in_eval_mode(self.net), torch.no_grad(), state:
+            with _in_eval_mode(self.net), torch.no_grad(), state:
                 again()
                 self.check_fired()
             return
@@ -174,7 +174,7 @@ def _kind(name: str) -> str:
 
 
 @contextmanager
-def in_eval_mode(net: nn.Module) -> Iterator[None]:
+def _in_eval_mode(net: nn.Module) -> Iterator[None]:
     """Run a network in eval mode within the block; its mode is restored."""
     # Module by module: users keep parts of a training network in eval mode.
     was_training = [module for module in net.modules() if module.training]
