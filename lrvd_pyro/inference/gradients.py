@@ -97,7 +97,8 @@ class Gradients:
 
     def finish(self, factor: float) -> None:
         """Multiply the gradients of this call, and add the earlier ones."""
-        if grads := _grads(self.parameters.values()):
+        # Without float16 the factor is 1, and no step pays for a pass over gradients.
+        if factor != 1 and (grads := _grads(self.parameters.values())):
             multiply_each(grads, factor)
         pairs = []
         for name, parameter in self.parameters.items():
