@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lrvd_pyro._compat.pyro import name_of
 from lrvd_pyro.inference.param_store import UniqueModule, check_registered
 from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.rank_space.cuts import named_cuts
 from lrvd_pyro.rank_space.removal import Cuts, slice_tensors
 
 __all__ = ["ClosedFormNoise", "RankGuide"]
@@ -104,22 +105,18 @@ class RankGuide(UniqueModule):
     def cuts(self, keep: Tensor) -> Cuts:
         """What `select` would slice, without doing it.
 
-        By default every parameter along its first dimension, which has one entry per
-        rank component, or per group under the names of `RankSpace.indices_kept`.
+        By default `lrvd_pyro.rank_space.named_cuts`.
 
         Args:
             keep: Which rank components stay, a bool mask (R,).
 
         Returns:
-            For each parameter the dimension to slice, and the indices that stay.
+            For each tensor the dimension to slice, and the indices that stay.
 
         Raises:
-            TypeError: If a parameter belongs to no components that can be told.
+            TypeError: If a tensor belongs to no components that can be told.
         """
-        return {
-            parameter: (0, self.space.indices_kept(keep, name, len(parameter)))
-            for name, parameter in self.named_parameters()
-        }
+        return named_cuts(self.space, keep, self)
 
     def select(self, keep: Tensor) -> None:
         """Drop the other rank components, in place.

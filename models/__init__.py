@@ -8,8 +8,9 @@ below, and its class added to ``__all__``.
 if __name__ != "lrvd_pyro.models":
     raise ImportError("import lrvd_pyro.models, not models")
 
-from lrvd_pyro.models.base import Factors, RankModel
+from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.models.factor_lora import FactorLoRA
+from lrvd_pyro.models.factors import Factors
 from lrvd_pyro.models.gate_lora import GateLoRA
 
 __all__ = ["FactorLoRA", "Factors", "GateLoRA", "RankModel"]

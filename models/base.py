@@ -4,45 +4,37 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, cast
 
 import pyro
 import torch
 from peft import PeftModel
 from pyro import poutine
 from pyro.params.param_store import param_with_module_name
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from lrvd_pyro._compat.pyro import mcmc_is_running, name_of, plain_child
+from lrvd_pyro._compat.pyro import name_of, plain_child
 from lrvd_pyro.batches import batch_size
-from lrvd_pyro.inference import mcmc
 from lrvd_pyro.inference.kl import latent_sites, scaled_log_prob
 from lrvd_pyro.inference.param_store import UniqueModule, check_registered
 from lrvd_pyro.inference.per_example import drawn_per_example
 from lrvd_pyro.inference.threads import alone_in_pyro
 from lrvd_pyro.likelihoods.base import Likelihood, check_likelihood
-from lrvd_pyro.models.checks import FrozenAdapter
+from lrvd_pyro.likelihoods.categorical import Categorical
+from lrvd_pyro.models.checks import (
+    FrozenAdapter,
+    check_labels,
+    check_mcmc,
+    check_num_data,
+)
+from lrvd_pyro.models.factors import Factors, SiteLabels
+from lrvd_pyro.rank_space.cuts import named_cuts
+from lrvd_pyro.rank_space.removal import Cuts
+from lrvd_pyro.rank_space.rows import Side
 from lrvd_pyro.rank_space.space import RankSpace
 
-__all__ = ["Factors", "RankModel", "SiteLabels", "evaluating"]
-
-# The name of a dimension, and the coordinates along it by name.
-SiteLabels = tuple[str, dict[str, list[Any]]]
-
-
-class Factors(NamedTuple):
-    """What a LoRA module computes by: ``scaling * lora_B diag(gate) lora_A``.
-
-    Attributes:
-        lora_A: ``r x in``, or as the layer has it.
-        lora_B: ``out x r``, or as the layer has it.
-        gate: ``r``.
-    """
-
-    lora_A: Tensor
-    lora_B: Tensor
-    gate: Tensor
+__all__ = ["RankModel", "evaluating"]
 
 
 class RankModel(UniqueModule):
@@ -51,39 +43,39 @@ class RankModel(UniqueModule):
     A model is called with the batch as keyword arguments, as its network is. It
     observes ``labels`` if they are given, and returns the network's predictions.
 
-    A subclass gives three methods. `draw` has the Pyro statements. `bind` puts the
-    drawn value into the forward pass. `factors` says which adapter the value amounts
-    to. Training, prediction, storage, export and ArviZ work by these three.
+    A subclass gives a word and three methods. `binds` says what is drawn. `draw` has
+    the Pyro statements. `bind` puts the drawn value into the forward pass. `factors`
+    says which adapter the value amounts to. Training, prediction, storage, export and
+    ArviZ work by these.
 
-    A subclass may set ``prior``. It sets an attribute for each further argument of its
-    constructor: `save` keeps the arguments by these. It may override `start`, where
-    guides begin, and `site_labels`. With all imports: examples/recipes/add_model.py.
+    A subclass sets an attribute for each further argument of its constructor: `save`
+    keeps the arguments by these. It may override `start`, where guides begin, `cuts`,
+    and `site_labels`. With all imports: examples/recipes/add_model.py.
 
     Wrong for `pyro.infer.Predictive` with ``parallel=True``, which draws several
     adapters at once: the model refuses them.
 
     Args:
-        space: The rank space of the adapter.
-        likelihood: The distribution of labels given the network's predictions.
-        num_data: The number of training examples N.
-
-    Attributes:
-        binds: What one draw is, in a word. "gates" are one number per rank component,
-            of which a pass may take one row per example.
+        net: A PEFT LoRA model, or a Transformers network after ``net.add_adapter``.
+        num_data: The number of training examples N; a batch of B counts N/B times.
+        prior: What `draw` uses; its parameters train and are saved.
+        likelihood: The distribution of labels given the network's logits; None takes
+            `Categorical`.
+        sides: The weights that `RankSpace.bind_weights` draws; gates need none.
+        adapter: The adapter's name; None takes the single active one.
 
     Raises:
-        TypeError: If the likelihood lacks a method, or a subclass a method.
+        TypeError: If the likelihood lacks a method, a subclass one of the four, or
+            ``num_data`` is missing; as `RankSpace` raises it.
 
     Example, in which B is random and A is a parameter::
 
         class RandomB(RankModel):
-            binds = "weights"                    # B ~ Normal(0, 1), elementwise
+            binds = "weights"                    # B ~ prior, elementwise
 
-            def __init__(self, net, *, num_data, prior=None, likelihood=None, **parts):
-                space = RankSpace(net, parts.get("adapter"), sides=("lora_B",))
-                super().__init__(space, likelihood or Categorical(), num_data)
-                self.prior = prior or dist.Normal(0.0, 1.0)
-                for weight in space.weights("lora_B"):   # the draw takes its place
+            def __init__(self, net, *, prior=dist.Normal(0.0, 1.0), **arguments):
+                super().__init__(net, sides=("lora_B",), prior=prior, **arguments)
+                for weight in self.space.weights("lora_B"):   # the draw replaces it
                     weight.requires_grad_(False)
 
             def draw(self):                      # one site with one event dimension
@@ -106,20 +98,33 @@ class RankModel(UniqueModule):
         svi = SVI(model, guide, AdamW(), loss=RankELBO())
     """
 
-    prior: Any
-    binds: ClassVar[str]
-
-    def __init__(self, space: RankSpace, likelihood: Likelihood, num_data: int) -> None:
-        # The space has its hooks on the network already.
-        with space.binding.closed_on_failure():
-            check_likelihood(likelihood)
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        num_data: int | None = None,
+        prior: Any = None,
+        likelihood: Likelihood | None = None,
+        sides: tuple[Side, ...] = (),
+        adapter: str | None = None,
+    ) -> None:
         super().__init__()
-        self.net = space.net
-        self.space = space
-        self.likelihood = likelihood
-        self.num_data = num_data
-        self.prior = None
+        self.num_data = check_num_data(num_data)
+        self.prior = prior
+        self.likelihood = Categorical() if likelihood is None else likelihood
+        check_likelihood(self.likelihood)
+        # The last refusals: the space puts hooks on the network.
+        self.space = RankSpace(net, adapter, sides=sides)
+        self.net = net
         self._frozen_adapter = FrozenAdapter()
+
+    @property
+    @abstractmethod
+    def binds(self) -> str:
+        """What one draw is, in a word: a class attribute.
+
+        "gates" are one number per rank component; a pass may take a row per example.
+        """
 
     @abstractmethod
     def draw(self) -> Tensor:
@@ -147,6 +152,20 @@ class RankModel(UniqueModule):
         Returns:
             The factors by module, under the names of ``space.modules``.
         """
+
+    def cuts(self, keep: Tensor) -> Cuts:
+        """What `select` would slice beside the network: of the model and its prior.
+
+        By default `named_cuts`.
+
+        Args:
+            keep: Which rank components stay, a bool mask (R,).
+
+        Raises:
+            TypeError: If a tensor belongs to no components that can be told.
+        """
+        # A likelihood is about labels: its tensors have no rank component.
+        return named_cuts(self.space, keep, self, ("net.", "likelihood."))
 
     def site_labels(self, site: str) -> SiteLabels | None:
         """The labels that ArviZ gives the components of a latent site.
@@ -215,15 +234,9 @@ class RankModel(UniqueModule):
         Returns:
             The network's predictions, ``B x ...``.
         """
-        if labels is not None and not isinstance(labels, Tensor):
-            raise TypeError(
-                f"labels are a {type(labels).__name__}; expected a tensor with one "
-                f"entry per example: torch.as_tensor(labels)"
-            )
+        check_labels(labels)
         size = batch_size({"labels": labels, **inputs})
-        if mcmc_is_running():
-            observed = 0 if labels is None else size
-            mcmc.check(self.base_net, observed, self.num_data)
+        check_mcmc(self.base_net, 0 if labels is None else size, self.num_data)
         if labels is not None:
             self._frozen_adapter.check(self.space)
         self._register_parameters()

@@ -4,11 +4,21 @@ import warnings
 from numbers import Integral
 
 import torch
+from torch import Tensor, nn
 
 from lrvd_pyro._compat.pyro import mcmc_is_running
 from lrvd_pyro.rank_space.space import RankSpace
 
-__all__ = ["FrozenAdapter", "check_num_data"]
+__all__ = ["FrozenAdapter", "check_labels", "check_mcmc", "check_num_data"]
+
+_DROPOUT = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
 
 
 def check_num_data(num_data: int | None) -> int:
@@ -25,6 +35,42 @@ def check_num_data(num_data: int | None) -> int:
             f"which weighs the likelihood against the prior: num_data=len(train)"
         )
     return int(num_data or 0)
+
+
+def check_labels(labels: object) -> None:
+    """Raise a TypeError unless the labels are a tensor, or None."""
+    if labels is not None and not isinstance(labels, Tensor):
+        raise TypeError(
+            f"labels are a {type(labels).__name__}; expected a tensor with one "
+            f"entry per example: torch.as_tensor(labels)"
+        )
+
+
+def check_mcmc(net: nn.Module, size: int, num_data: int) -> None:
+    """Raise where Pyro's MCMC runs, and would sample another posterior in silence.
+
+    Args:
+        net: The network that the model runs.
+        size: The number of labels in the batch; 0 where there are none.
+        num_data: The number of training examples N.
+
+    Raises:
+        ValueError: If the batch is not the whole data set, or dropout is on.
+    """
+    if not mcmc_is_running():
+        return
+    if size != num_data:
+        raise ValueError(
+            f"MCMC runs the model on {size} labels out of num_data={num_data}, which "
+            f"would sample another posterior (of none, the prior); pass all data: "
+            f"MCMC(NUTS(model), ...).run(**whole), num_data=len(whole['labels'])"
+        )
+    dropout = (m for m in net.modules() if isinstance(m, _DROPOUT) and m.training)
+    if any(m.p > 0 for m in dropout):
+        raise ValueError(
+            "MCMC runs a network whose dropout is on, so that its density is random; "
+            "call net.eval() first"
+        )
 
 
 class FrozenAdapter:

@@ -6,12 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from lrvd_pyro.likelihoods.base import Likelihood
-from lrvd_pyro.likelihoods.categorical import Categorical
-from lrvd_pyro.models.base import Factors, RankModel, SiteLabels
-from lrvd_pyro.models.checks import check_num_data
+from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.models.factors import Factors, SiteLabels
 from lrvd_pyro.priors.log_uniform import LogUniform
 from lrvd_pyro.rank_space.rows import Side
-from lrvd_pyro.rank_space.space import RankSpace
 
 __all__ = ["FactorLoRA"]
 
@@ -80,10 +78,14 @@ class FactorLoRA(RankModel):
             raise ValueError(
                 f"sides={sides!r}; expected ('lora_A',) or ('lora_A', 'lora_B')"
             )
-        size = check_num_data(num_data)
-        space = RankSpace(net, adapter, sides=sides)
-        super().__init__(space, likelihood or Categorical(), size)
-        self.prior = prior or LogUniform()
+        super().__init__(
+            net,
+            num_data=num_data,
+            prior=LogUniform() if prior is None else prior,
+            likelihood=likelihood,
+            sides=sides,
+            adapter=adapter,
+        )
         self.sides = sides
 
     def start(self) -> dict[str, Tensor]:

@@ -11,13 +11,11 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from lrvd_pyro.likelihoods.base import Likelihood
-from lrvd_pyro.likelihoods.categorical import Categorical
-from lrvd_pyro.models.base import Factors, RankModel
-from lrvd_pyro.models.checks import check_num_data
+from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.models.factors import Factors
 from lrvd_pyro.priors.base import Prior
 from lrvd_pyro.priors.contract import check_prior
 from lrvd_pyro.priors.log_uniform import LogUniform
-from lrvd_pyro.rank_space.space import RankSpace
 
 __all__ = ["GateLoRA"]
 
@@ -77,10 +75,14 @@ class GateLoRA(RankModel):
         weight_prior: Distribution | None = None,
         adapter: str | None = None,
     ) -> None:
-        size = check_num_data(num_data)
         _check_densities(prior, weight_prior)
-        super().__init__(RankSpace(net, adapter), likelihood or Categorical(), size)
-        self.prior = prior or LogUniform()
+        super().__init__(
+            net,
+            num_data=num_data,
+            prior=LogUniform() if prior is None else prior,
+            likelihood=likelihood,
+            adapter=adapter,
+        )
         self.weight_prior = weight_prior
         self._centered = _is_centered(weight_prior)
         with self.space.binding.closed_on_failure():

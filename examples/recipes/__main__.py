@@ -82,8 +82,7 @@ def add_likelihood() -> str:
 def add_model() -> str:
     """What plain PEFT loads computes with the mean of C A."""
     net = network(init_lora_weights=False).requires_grad_(False)
-    space, likelihood = lrvd.RankSpace(net, sides=("lora_A",)), lrvd.likelihoods
-    model = CoreLoRA(space, likelihood.Categorical(), N)
+    model = CoreLoRA(net, num_data=N)
     guide = AutoNormal(model, init_loc_fn=init_to_mean, init_scale=0.1)
     batch = two_classes()
     loss = train(model, guide, batch)

@@ -5,7 +5,8 @@ components. To admit another layer kind, start in ``find.py``.
 """
 
 from lrvd_pyro.rank_space.coordinates import Coordinates, Level
+from lrvd_pyro.rank_space.cuts import named_cuts
 from lrvd_pyro.rank_space.removal import Cuts, slice_tensors
 from lrvd_pyro.rank_space.space import RankSpace
 
-__all__ = ["Coordinates", "Cuts", "Level", "RankSpace", "slice_tensors"]
+__all__ = ["Coordinates", "Cuts", "Level", "RankSpace", "named_cuts", "slice_tensors"]

@@ -4,6 +4,8 @@ SVI and optimizers keep references to the parameters that they train. A new para
 object would stop training in silence, so only the data of each tensor become smaller.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ __all__ = [
     "replace_data",
     "resize_layer",
     "slice_tensors",
+    "sliced_for_a_trial",
 ]
 
 Cuts = dict[Tensor, tuple[int, Tensor]]  # the dimension to slice, the indices that stay
@@ -30,6 +33,19 @@ def slice_tensors(cuts: Cuts) -> None:
     for tensor, (dim, index) in cuts.items():
         data = tensor.data.index_select(dim, index.to(tensor.device))
         replace_data(tensor, data)
+
+
+@contextmanager
+def sliced_for_a_trial(cuts: Cuts) -> Iterator[None]:
+    """Slice the tensors within the block alone; data and gradients come back."""
+    before = {tensor: (tensor.data, tensor.grad) for tensor in cuts}
+    try:
+        slice_tensors(cuts)
+        yield
+    finally:
+        for tensor, (data, gradient) in before.items():
+            replace_data(tensor, data)
+            tensor.grad = gradient
 
 
 def replace_data(tensor: Tensor, data: Tensor) -> None:

@@ -1,23 +1,26 @@
 """Removal of rank components from network, guide, prior and optimizer at once."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pyro
 import torch
 from pyro import poutine
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrvd_pyro.guides.base import RankGuide
 from lrvd_pyro.inference.kl import latent_sites
-from lrvd_pyro.models import GateLoRA
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.optim import Optimizer
-from lrvd_pyro.rank_space.removal import Cuts, replace_data, slice_tensors
+from lrvd_pyro.rank_space.removal import Cuts, slice_tensors, sliced_for_a_trial
+from lrvd_pyro.rank_space.space import RankSpace
 from lrvd_pyro.selection.optimizer_moments import (
     check_state,
     select_state,
     watch_for_stale_state,
 )
 
-__all__ = ["check_pair", "prior_cuts", "select"]
+__all__ = ["check_pair", "select"]
 
 
 def select(
@@ -31,10 +34,10 @@ def select(
 
     Rows of A, columns of B, the guide's entries and the optimizer's moments are sliced
     in place, so that whoever trains them continues. So are parameters and buffers of
-    the prior with one entry per component. Logits change as by setting those gates to
-    0. Modules without rank leave the adapter, the optimizer and Pyro's store. Gates
-    about a center (`gauge.center`) and PEFT's ``lora_bias`` leave a constant bias
-    behind.
+    the model and its prior with one entry per component. Logits change as by setting
+    those gates to 0. Modules without rank leave the adapter, the optimizer and Pyro's
+    store. Gates about a center (`gauge.center`) and PEFT's ``lora_bias`` leave a
+    constant bias behind.
 
     Call it between steps: a loss computed before cannot go backward after it. Without
     ``optimizer``, a later step of one that still has the old moments is an error.
@@ -44,7 +47,7 @@ def select(
         select(model, guide, svi.optim, keep=guide.log_alpha <= 3)
 
     Args:
-        model: A `GateLoRA` or `FactorLoRA`.
+        model: A `GateLoRA`, a `FactorLoRA`, or a `RankModel` of your own.
         guide: Its guide, a `RankGuide`.
         optimizer: What trains them: of this library, Pyro or torch. None if nothing
             does.
@@ -52,8 +55,8 @@ def select(
 
     Raises:
         TypeError: If the guide is not a `RankGuide`, or the optimizer's state cannot be
-            sliced. If a latent site or a prior parameter cannot be assigned to
-            components, or the prior does not follow its rank space.
+            sliced. If a latent site, parameter or buffer cannot be assigned to
+            components, or the model's draw does not follow its rank space.
         ValueError: If ``keep`` is not a mask that keeps something, or a DoRA layer
             would be left without rank. If guide or optimizer belong to another model.
         RuntimeError: If the adapter is merged, disabled, inactive or deleted.
@@ -63,18 +66,18 @@ def select(
     """
     check_pair(model, guide)
     # All refusals come before the first tensor changes.
-    cuts = model.space.cuts(keep) | guide.cuts(keep)
-    of_prior = prior_cuts(model, keep)
-    cuts |= of_prior
+    of_model = model.cuts(keep)
+    of_draw = model.space.cuts(keep) | of_model
+    cuts = of_draw | guide.cuts(keep)
     if optimizer is not None:
         check_state(optimizer, cuts)
     if keep.all():
         return
-    _check_prior(model, keep, of_prior)
+    _check_follows(model, keep, of_draw)
     trained: set[Tensor] = set(model.base_net.parameters())
     # The space comes last: the guide finds its components by the old numbering.
     guide.select(keep)
-    slice_tensors(of_prior)
+    slice_tensors(of_model)
     model.space.select(keep)
     gone = trained - set(model.base_net.parameters())
     if optimizer is None:
@@ -106,51 +109,54 @@ def check_pair(model: RankModel, guide: RankGuide) -> None:
         )
 
 
-def prior_cuts(model: RankModel, keep: Tensor) -> Cuts:
-    """The cuts of the prior's own tensors that have an entry per rank or per group.
+def _check_follows(model: RankModel, keep: Tensor, cuts: Cuts) -> None:
+    """Raise unless the model draws, on the ranks that stay, what the guide will.
 
-    Raises:
-        TypeError: If a tensor cannot be assigned to components.
+    A prior or a draw is any program, so whether it follows can only be seen by running
+    it on sliced tensors.
+
+    Args:
+        model: The model.
+        keep: Which components stay.
+        cuts: Those of the adapter and of the model.
     """
-    prior = model.prior
-    if not isinstance(prior, nn.Module):
-        return {}
-    tensors = [*prior.named_parameters(), *prior.named_buffers()]
-    return {
-        tensor: (0, model.space.indices_kept(keep, name, len(tensor)))
-        for name, tensor in tensors
-        if tensor.dim() > 0
-    }
-
-
-def _check_prior(model: RankModel, keep: Tensor, cuts: Cuts) -> None:
-    """Raise unless the prior, run on the ranks that stay, draws what the guide will."""
-    if not isinstance(model, GateLoRA):
-        return
-    space = model.space
-    expected = {
-        name: len(space.indices_kept(keep, name, fn.event_shape[0]))
-        for name, fn in model.latent_sites().items()
-    }
-    before = {tensor: tensor.data for tensor in cuts}
-    # A prior is any program, so whether it follows can only be seen by running it. Its
-    # tensors are sliced for the run and restored in any case.
+    space, after = model.space, model.space.after(keep)
+    expected = {}
+    if model.binds == "gates":  # other sites may have any layout
+        expected = {
+            name: len(space.indices_kept(keep, name, fn.event_shape[0]))
+            for name, fn in model.latent_sites().items()
+        }
     try:
-        slice_tensors(cuts)
-        with torch.no_grad(), torch.random.fork_rng(), poutine.block():
-            with poutine.trace() as run:
-                gate = model.prior(space.after(keep))
-        sites = latent_sites(run.trace).items()
-        sizes = {name: site["fn"].event_shape[0] for name, site in sites}
-        problem = f"it draws {sizes} and a gate of {len(gate)}"
-    except (RuntimeError, ValueError, IndexError) as error:
-        sizes, problem = {}, f"it fails: {error}"
-    finally:
-        for tensor, data in before.items():
-            replace_data(tensor, data)
-    if sizes != expected or len(gate) != int(keep.sum()):
+        with sliced_for_a_trial(cuts), _as_if_in(model, after):
+            sizes, ranks = _drawn_sizes(model)
+        problem = f"it draws {sizes} for ranks {list(ranks.values())}"
+    except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
+        sizes, ranks, problem = {}, {}, f"it fails: {error}"
+    wrong_sites = expected != {name: sizes.get(name) for name in expected}
+    if wrong_sites or ranks != dict(zip(after.modules, after.ranks)):
         raise TypeError(
-            f"the prior does not follow its rank space to {int(keep.sum())} rank "
-            f"components: {problem}; expected {expected}. In the prior, take all "
-            f"sizes from space.size and space.group(level)"
+            f"{type(model).__name__} does not follow its rank space to {after.size} "
+            f"rank components: {problem}; expected {expected or 'draws'} for ranks "
+            f"{list(after.ranks)}. In draw and in the prior, take all sizes from "
+            f"space.size, space.ranks and space.group(level)"
         )
+
+
+@contextmanager
+def _as_if_in(model: RankModel, space: RankSpace) -> Iterator[None]:
+    before, model.space = model.space, space
+    try:
+        yield
+    finally:
+        model.space = before
+
+
+def _drawn_sizes(model: RankModel) -> tuple[dict[str, int], dict[str, int]]:
+    """One draw's size of each latent site, and the rank that each module has by it."""
+    with torch.no_grad(), torch.random.fork_rng(), poutine.block():
+        with poutine.trace() as run:
+            factors = model.factors(model.draw())
+    sites = latent_sites(run.trace).items()
+    sizes = {name: site["fn"].event_shape[0] for name, site in sites}
+    return sizes, {name: len(each.gate) for name, each in factors.items()}

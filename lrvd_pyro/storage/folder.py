@@ -36,6 +36,7 @@ from lrvd_pyro.storage.atomic import (
     recover,
     written_whole,
 )
+from lrvd_pyro.storage.build import build, build_guide, build_model
 from lrvd_pyro.storage.config import (
     Parts,
     Tensors,
@@ -54,7 +55,6 @@ from lrvd_pyro.storage.peft_files import (
     write_adapter,
     write_tensors,
 )
-from lrvd_pyro.storage.spec import build, build_guide, build_model
 
 __all__ = ["load", "save"]
 
@@ -137,12 +137,14 @@ def load(
     Args:
         path: The folder.
         net: The base network, without PEFT; if loading fails, it stays without.
-        model: The model's class, or a function with the same arguments, for a class
-            that is not of this library.
+        model: The model's class, for one that is not of this library. What JSON cannot
+            hold stands in a partial of it, ``functools.partial(Own, rates=rates)``, or
+            in a function of the same arguments.
         prior: The model's prior, if its class is not of this library.
         likelihood: The model's likelihood, if its class is not of this library.
-        guide: The guide's class, or a function from the model to the guide. AutoGuides
-            make their parameters when called: call ``guide(**batch)`` in the function.
+        guide: The guide's class, a partial of it, or a function from the model to the
+            guide. AutoGuides make their parameters when called: call ``guide(**batch)``
+            in the function.
         weight_prior: The model's weight prior, if it is not a distribution with scalar
             parameters.
 

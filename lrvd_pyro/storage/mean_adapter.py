@@ -7,7 +7,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from lrvd_pyro.inference.programs import Guide
-from lrvd_pyro.models.base import Factors, RankModel
+from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.models.factors import Factors
 from lrvd_pyro.predictive.predictive import mean_value
 from lrvd_pyro.rank_space.constant import constant
 

@@ -7,32 +7,18 @@ else is ever looked up by name, so a description from a stranger is safe to read
 """
 
 import inspect
-from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from peft import PeftModel
 from pyro import distributions as pyro_distributions
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Distribution
 
-from lrvd_pyro import distributions, guides, models
-from lrvd_pyro.guides import RankDiagonal, RankGuide
-from lrvd_pyro.inference.param_store import waits_for_first_call
-from lrvd_pyro.models.base import RankModel
+from lrvd_pyro import distributions
 
-__all__ = [
-    "Unstorable",
-    "build",
-    "build_guide",
-    "build_model",
-    "decode",
-    "describe",
-    "encode",
-]
+__all__ = ["Unstorable", "builtin_classes", "decode", "describe", "encode"]
 
 _HOMES = {
     "pyro.distributions": pyro_distributions,
@@ -55,13 +41,15 @@ def describe(thing: object, home: ModuleType) -> dict[str, Any]:
     if inspect.isroutine(thing):
         return {"name": thing.__name__, "builtin": False, "arguments": {}}
     cls = type(thing)
-    names = [n for n in _parameters(cls) if hasattr(thing, n)]
-    return {
-        "name": cls.__name__,
-        # By identity: a user's class may bear the name of a builtin one.
-        "builtin": _builtins(home).get(cls.__name__) is cls,
-        "arguments": {name: encode(getattr(thing, name)) for name in names},
-    }
+    # By identity: a user's class may bear the name of a builtin one.
+    builtin = builtin_classes(home).get(cls.__name__) is cls
+    arguments = {}
+    for name in _parameters(cls):
+        if hasattr(thing, name):
+            arguments[name] = encode(getattr(thing, name))
+        elif not builtin:  # whose own tensors tell the rest
+            arguments[name] = {"unstorable": "unknown"}
+    return {"name": cls.__name__, "builtin": builtin, "arguments": arguments}
 
 
 def encode(value: object) -> Any:
@@ -109,121 +97,7 @@ def decode(value: object) -> Any:
     raise Unstorable(value.get("unstorable", value))
 
 
-def build(
-    folder: Path, config: Mapping[str, Any], part: str, given: object, home: ModuleType
-) -> Any:
-    """Make the prior or likelihood that was saved, or take the given one.
-
-    Args:
-        folder: The folder of the config, for messages.
-        config: The config that `save` wrote.
-        part: "prior" or "likelihood".
-        given: What the user passed, of the saved name; None makes it from the config.
-        home: The package that defines the builtin classes of this kind.
-
-    Raises:
-        ValueError: If the name differs, or the config alone does not make it.
-    """
-    saved = config[part]
-    if saved is None and given is None:
-        return None
-    saved = saved or {"name": "None"}
-    if given is not None:
-        _check_name(folder, part, describe(given, home)["name"], saved["name"])
-        return given
-    cls = _builtins(home).get(saved["name"]) if saved["builtin"] else None
-    if cls is None:
-        reason = f"is not a class of {home.__name__}"
-        raise _must_pass(folder, part, saved["name"], reason)
-    try:
-        return cls(**{key: decode(v) for key, v in saved["arguments"].items()})
-    except Unstorable as error:
-        name = f"{saved['name']} of {error}"
-        raise _must_pass(folder, part, name, "has an argument with no name") from None
-
-
-def build_model(
-    folder: Path,
-    config: Mapping[str, Any],
-    make: Callable[..., RankModel] | None,
-    net: PeftModel,
-    given: Mapping[str, Any],
-) -> RankModel:
-    """Make the model that was saved, on a network with its adapter.
-
-    Args:
-        folder: The folder of the config, for messages.
-        config: The config that `save` wrote.
-        make: The model's class, or a function that takes the same arguments. None takes
-            the class of the saved name.
-        net: The network.
-        given: Arguments that are not read from the config, or that replace it.
-
-    Raises:
-        ValueError: If the name differs, or the config alone does not make it.
-    """
-    saved = config["model"]
-    make = make or (_builtins(models).get(saved["name"]) if saved["builtin"] else None)
-    if make is None:
-        reason = f"is not a class of {models.__name__}"
-        raise _must_pass(folder, "model", saved["name"], reason)
-    arguments = dict(given)
-    for name, value in saved["arguments"].items():
-        if arguments.get(name) is None:
-            try:
-                arguments[name] = decode(value)
-            except Unstorable as error:
-                reason = "is more than a name and numbers"
-                raise _must_pass(folder, name, str(error), reason) from None
-    model = make(
-        net, num_data=config["num_data"], adapter=config["adapter"], **arguments
-    )
-    _check_name(folder, "model", type(model).__name__, saved["name"])
-    return model
-
-
-def build_guide(
-    folder: Path,
-    config: Mapping[str, Any],
-    make: Callable[[RankModel], nn.Module] | None,
-    model: RankModel,
-) -> nn.Module:
-    """Make the guide that was saved, for a model that is already built.
-
-    Args:
-        folder: The folder of the config, for messages.
-        config: The config that `save` wrote.
-        make: The guide's class, or a function from the model to the guide. None takes
-            the class of the saved name.
-        model: The model.
-
-    Raises:
-        ValueError: If the name differs, the config alone does not make it, or the guide
-            has no parameters yet.
-    """
-    saved = config["guide"]
-    arguments: dict[str, Any] = {}
-    if make is None:
-        cls: Any = _builtins(guides).get(saved["name"]) if saved["builtin"] else None
-        # Other guides need a first call with a batch, and no folder holds a batch.
-        if cls is None or not issubclass(cls, RankGuide):
-            raise _must_pass(folder, "guide", saved["name"], "you must make yourself")
-        make, arguments = cls, saved["arguments"]
-    guide = make(model, **arguments)
-    _check_name(folder, "guide", type(guide).__name__, saved["name"])
-    if waits_for_first_call(guide):
-        raise ValueError(
-            f"{type(guide).__name__} makes its parameters on its first call; pass "
-            f"load(..., guide=make) with a make(model) that calls guide(**batch) and "
-            f"returns the guide"
-        )
-    if isinstance(guide, RankDiagonal) and saved["held"] != list(guide.held):
-        # Sizes decide which site a new guide holds, and pruning can make sizes equal.
-        guide.hold(saved["held"], model.start())
-    return guide
-
-
-def _builtins(home: ModuleType) -> dict[str, type]:
+def builtin_classes(home: ModuleType) -> dict[str, type]:
     """The classes of this library that one of its packages offers, by name."""
     package = f"{home.__name__}."
     return {
@@ -264,18 +138,3 @@ def _find(full_name: str) -> Any:
             f"versions of torch, pyro and lrvd_pyro that wrote it"
         )
     return cls
-
-
-def _must_pass(folder: Path, part: str, name: str, reason: str) -> ValueError:
-    return ValueError(
-        f"{folder} was saved with the {part} {name!r}, which {reason}; its name alone "
-        f"does not make it, so pass it: load(path, net, {part}=...)"
-    )
-
-
-def _check_name(folder: Path, part: str, found: str, expected: str) -> None:
-    if found != expected:
-        raise ValueError(
-            f"the {part} is {found!r}, but {folder} was saved with {expected!r}; pass "
-            f"that one: load(path, net, {part}=...)"
-        )

@@ -15,7 +15,7 @@ from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.rank_space.center import center_at, center_of
 from lrvd_pyro.rank_space.find import plain_net
 from lrvd_pyro.rank_space.removal import Cuts
-from lrvd_pyro.selection.removal import check_pair, prior_cuts
+from lrvd_pyro.selection.removal import check_pair
 from lrvd_pyro.storage.fingerprint import Fingerprint, differences, fingerprint
 from lrvd_pyro.storage.peft_files import plain_name
 
@@ -213,7 +213,7 @@ def _removal(
     space = model.space
     leaving: set[Tensor] = set()
     freezing: set[Tensor] = set()
-    cuts = space.cuts(keep) | guide.cuts(keep) | prior_cuts(model, keep)
+    cuts = space.cuts(keep) | guide.cuts(keep) | model.cuts(keep)
     for layer, kept in zip(space.layers, space.split(keep).values()):
         if kept.any():
             continue

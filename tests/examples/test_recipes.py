@@ -167,14 +167,14 @@ def test_the_likelihoods_curvature_is_fishers_and_gauge_takes_it() -> None:
 
 
 def cores() -> Any:
-    space = lrvd.RankSpace(perceptron().requires_grad_(False), sides=("lora_A",))
-    return recipe("add_model").CoreLoRA(space, lrvd.likelihoods.Categorical(), 60)
+    net = perceptron().requires_grad_(False)
+    return recipe("add_model").CoreLoRA(net, num_data=60)
 
 
 def test_the_model_computes_b_c_a() -> None:
     net = regression(r=3, outputs=2)
-    space = lrvd.RankSpace(net, sides=("lora_A",))
-    model = recipe("add_model").CoreLoRA(space, lrvd.likelihoods.Categorical(), 60)
+    model = recipe("add_model").CoreLoRA(net, num_data=60)
+    space = model.space
     x, C = torch.randn(4, 5), torch.randn(4, 3, 3)  # a core for each example
     (A,), (B,) = space.weights("lora_A"), space.weights("lora_B")
     with model.bind(C.flatten(1)):
@@ -196,6 +196,23 @@ def test_the_model_exports_its_mean_and_not_the_plain_adapter(tmp_path: Path) ->
     with lrvd.posterior_mean(model, guide) as net:
         torch.testing.assert_close(loaded(one["x"]), net(one["x"]))
     assert (loaded(one["x"]) - model.base_net(one["x"])).abs().max() > 0.1  # the twin
+
+
+def test_the_model_comes_back_from_disk_by_its_class(tmp_path: Path) -> None:
+    model, one = cores(), batch()
+
+    def guided(model: Any) -> Any:
+        start = init_to_value(values={"core": torch.randn(32)})
+        guide = give_own_name(AutoNormal(model, init_loc_fn=start))
+        guide(**one)
+        return guide
+
+    pair = model, guided(model)
+    lrvd.save(tmp_path / "run", *pair)
+    base = copy.deepcopy(model.base_net).unload()
+    loaded = lrvd.load(tmp_path / "run", base, model=type(model), guide=guided)
+    ours, theirs = (lrvd.predict(*each, [one], 3).probs for each in (pair, loaded))
+    assert torch.equal(ours, theirs)
 
 
 @pytest.fixture

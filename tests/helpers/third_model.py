@@ -10,7 +10,6 @@ from pyro import distributions as dist
 from torch import Tensor
 
 from lrvd_pyro import RankSpace
-from lrvd_pyro.likelihoods import Categorical
 from lrvd_pyro.models import Factors, RankModel
 
 
@@ -20,14 +19,13 @@ class CoreLoRA(RankModel):
     binds = "cores"
 
     def __init__(
-        self, net: Any, *, num_data: int, scale: float = 1.0, **parts: Any
+        self, net: Any, *, prior: Any = None, scale: float = 1.0, **arguments: Any
     ) -> None:
-        space = RankSpace(net, parts.get("adapter"), sides=("lora_A",))
-        super().__init__(space, parts.get("likelihood") or Categorical(), num_data)
-        self.prior = parts.get("prior") or identity
+        prior = identity if prior is None else prior
+        super().__init__(net, prior=prior, sides=("lora_A",), **arguments)
         self.scale = scale
         for side in ("lora_A", "lora_B"):
-            for weight in space.weights(side):
+            for weight in self.space.weights(side):
                 weight.requires_grad_(False)
 
     def draw(self) -> Tensor:

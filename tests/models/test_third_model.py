@@ -129,7 +129,7 @@ def test_a_model_that_lacks_a_method_cannot_be_made() -> None:
 
     with pytest.raises(TypeError, match="abstract class Half .*bind.*factors"):
         Half(None, None, 1)  # type: ignore[abstract, arg-type]
-    with pytest.raises(TypeError, match="abstract class RankModel .*bind, draw"):
+    with pytest.raises(TypeError, match="abstract class RankModel .*binds, draw"):
         RankModel(None, None, 1)  # type: ignore[abstract, arg-type]
 
 
