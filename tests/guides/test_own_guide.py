@@ -4,39 +4,17 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import pyro
 import pytest
 import torch
 from nets import bert, tokens
-from pyro import distributions as dist
+from own_guide import Uniform
 from pyro.infer import SVI
-from torch import Tensor, nn
+from torch import Tensor
 
 import lrvd_pyro as lrvd
 from lrvd_pyro.guides import RankDiagonal, RankGuide, TiedDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
 from lrvd_pyro.selection import removal_cost
-
-
-class Uniform(RankGuide):
-    """Gates uniform around 1, of a learned width for each rank component."""
-
-    def __init__(self, model: Any, width: float = 0.2) -> None:
-        super().__init__(model)
-        self.width = width
-        self.log_width = nn.Parameter(width * model.space.ones())
-
-    def forward(self, *_: Any, **__: Any) -> dict[str, Tensor]:
-        half = self.log_width.exp()
-        gate = dist.Uniform(1 - half, 1 + half, validate_args=False).to_event(1)
-        return {"gate": pyro.sample("gate", gate)}
-
-    def mean(self) -> Tensor:
-        return torch.ones_like(self.log_width)
-
-    @property
-    def log_alpha(self) -> Tensor:
-        return (2 * self.log_width - torch.tensor(3.0).log()).detach()
 
 
 def pair() -> tuple[GateLoRA, Uniform]:

@@ -128,9 +128,17 @@ def test_a_model_that_lacks_a_method_cannot_be_made() -> None:
             return torch.ones(1)
 
     with pytest.raises(TypeError, match="abstract class Half .*bind.*factors"):
-        Half(None, None, 1)  # type: ignore[abstract, arg-type]
+        Half(bert(), num_data=60)  # type: ignore[abstract]
     with pytest.raises(TypeError, match="abstract class RankModel .*binds, draw"):
-        RankModel(None, None, 1)  # type: ignore[abstract, arg-type]
+        RankModel(bert(), num_data=60)  # type: ignore[abstract]
+
+
+def test_a_model_that_does_not_say_what_it_binds_cannot_be_made() -> None:
+    class Silent(RankModel):
+        draw = bind = factors = CoreLoRA.draw  # type: ignore[assignment]
+
+    with pytest.raises(TypeError, match="abstract class Silent .*binds"):
+        Silent(bert(), num_data=60)  # type: ignore[abstract]
 
 
 class Partial(CoreLoRA):
