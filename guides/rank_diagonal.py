@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lrvd_pyro._numbers import check_number
 from lrvd_pyro.guides.base import RankGuide
 from lrvd_pyro.guides.families import Noise, family_of
-from lrvd_pyro.models import GateLoRA
+from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.models.checks import check_gates
 from lrvd_pyro.rank_space.removal import Cuts, slice_tensors
 
 __all__ = ["RankDiagonal"]
@@ -52,7 +53,7 @@ class RankDiagonal(RankGuide):
         svi = SVI(model, RankDiagonal(model), AdamW(lr=1e-3), loss=RankELBO())
 
     Args:
-        model: A `GateLoRA`; `TiedDiagonal` guides `FactorLoRA`.
+        model: A `GateLoRA`, or another model of gates.
         learn_mean: Learn all means: where A and B are frozen, or a prior has a scale.
         init_log_alpha: Where log alpha starts.
 
@@ -62,24 +63,21 @@ class RankDiagonal(RankGuide):
         families: The one-dimensional family of each latent site, by name.
 
     Raises:
-        TypeError: If ``model`` is another one, or a latent site of its prior is neither
+        TypeError: If ``model`` draws no gates, or a latent site of its prior is neither
             real nor positive.
         ValueError: If ``init_log_alpha`` is not finite.
     """
 
     def __init__(
         self,
-        model: GateLoRA,
+        model: RankModel,
         *,
         learn_mean: bool = False,
         init_log_alpha: float = -4.0,
     ) -> None:
-        if not isinstance(model, GateLoRA):
-            raise TypeError(
-                f"model is a {type(model).__name__}; RankDiagonal guides GateLoRA. "
-                f"FactorLoRA takes guides.TiedDiagonal(model), other programs take "
-                f"pyro.infer.autoguide.AutoNormal(model)"
-            )
+        way_out = "FactorLoRA takes guides.TiedDiagonal(model), other models take"
+        way_out += " pyro.infer.autoguide.AutoNormal(model)"
+        check_gates(model, "RankDiagonal", way_out)
         check_number("init_log_alpha", init_log_alpha, "a finite number: -4.0")
         super().__init__(model)
         # A bound method: as a child, the model would share its parameters.

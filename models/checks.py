@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from lrvd_pyro._compat.pyro import mcmc_is_running
 from lrvd_pyro.rank_space.space import RankSpace
 
-__all__ = ["FrozenAdapter", "check_labels", "check_mcmc", "check_num_data"]
+__all__ = [
+    "FrozenAdapter",
+    "check_gates",
+    "check_labels",
+    "check_mcmc",
+    "check_num_data",
+]
 
 _DROPOUT = (
     nn.Dropout,
@@ -35,6 +41,22 @@ def check_num_data(num_data: int | None) -> int:
             f"which weighs the likelihood against the prior: num_data=len(train)"
         )
     return int(num_data or 0)
+
+
+def check_gates(model: object, needed_by: str, way_out: str) -> None:
+    """Raise a TypeError unless a model draws gates, one number per rank component.
+
+    Args:
+        model: Any object; a `RankModel` has the word ``binds``.
+        needed_by: What cannot do without.
+        way_out: How to go on.
+    """
+    binds = getattr(model, "binds", "nothing")
+    if binds != "gates":
+        raise TypeError(
+            f"{needed_by} needs gates, and {type(model).__name__} draws {binds}; "
+            f"{way_out}"
+        )
 
 
 def check_labels(labels: object) -> None:

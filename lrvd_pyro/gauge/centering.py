@@ -4,13 +4,14 @@ import torch
 
 from lrvd_pyro.gauge.balancing import check_fit
 from lrvd_pyro.gauge.second_moments import Gramians
-from lrvd_pyro.models import GateLoRA
+from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.models.checks import check_gates
 from lrvd_pyro.rank_space.center import center_at
 
 __all__ = ["center"]
 
 
-def center(model: GateLoRA, gramians: Gramians | None) -> None:
+def center(model: RankModel, gramians: Gramians | None) -> None:
     """Let gates act about the means of their rank activations.
 
     A gate computes ``m + z (h - m)`` in place of ``z h``, with h = A x and m its mean.
@@ -31,13 +32,13 @@ def center(model: GateLoRA, gramians: Gramians | None) -> None:
         select(model, guide, keep=worth.argsort(descending=True).argsort() < 8)
 
     Args:
-        model: The network as a `GateLoRA`.
+        model: A `GateLoRA`, or another model of gates.
         gramians: The second moments of that model, in its present gauge, with means;
             None lets gates act about 0.
 
     Raises:
-        TypeError: If a layer is DoRA or a grouped convolution, or the model is not a
-            `GateLoRA`.
+        TypeError: If a layer is DoRA or a grouped convolution, or the model draws no
+            gates.
         ValueError: If the Gramians belong to other modules or ranks, or have no means.
 
     The center belongs to the adapter, as A and B do. A later `GateLoRA` on the same
@@ -49,11 +50,7 @@ def center(model: GateLoRA, gramians: Gramians | None) -> None:
     Source: an intercept, as in reduced-rank regression (Izenman 1975); for LoRA,
     derived here.
     """
-    if not isinstance(model, GateLoRA):
-        raise TypeError(
-            f"model is a {type(model).__name__}; a center is defined only for gates: "
-            f"use GateLoRA(net, num_data=len(train))"
-        )
+    check_gates(model, "a center", "take GateLoRA(net, num_data=len(train))")
     if gramians is None:
         center_at(model.space, None)
         return

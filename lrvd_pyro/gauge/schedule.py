@@ -12,7 +12,8 @@ from lrvd_pyro.gauge.balancing import Change, rebalance
 from lrvd_pyro.gauge.second_moments import Gramians
 from lrvd_pyro.gauge.token_sums import Sums, tapped
 from lrvd_pyro.guides import RankDiagonal
-from lrvd_pyro.models import GateLoRA
+from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.models.checks import check_gates
 from lrvd_pyro.optim import Optimizer
 from lrvd_pyro.rank_space.center import center_of
 from lrvd_pyro.selection.optimizer_moments import torch_optimizers
@@ -43,7 +44,7 @@ class BalanceSchedule:
         rebalance.close()
 
     Args:
-        model: The `GateLoRA` in training.
+        model: The `GateLoRA`, or another model of gates, in training.
         guide: Its `RankDiagonal`.
         optimizer: What trains both; of this library, Pyro or torch.
         every: Steps between balancings, k.
@@ -53,7 +54,7 @@ class BalanceSchedule:
         steps: Optimization steps seen.
 
     Raises:
-        TypeError: If the model is not a `GateLoRA`, or ``optimizer`` is not an
+        TypeError: If the model draws no gates, or ``optimizer`` is not an
             optimizer. If the guide is not a `RankDiagonal` that holds the mean of its
             gates at 1.
         ValueError: If a count is out of range, or the guide belongs to another model.
@@ -69,20 +70,21 @@ class BalanceSchedule:
 
     def __init__(
         self,
-        model: GateLoRA,
+        model: RankModel,
         guide: RankDiagonal,
         optimizer: Optimizer,
         *,
         every: int = 200,
         gather_every: int = 4,
     ) -> None:
+        check_gates(model, "the gauge", "take GateLoRA(net, num_data=len(train))")
         check_pair(model, guide)
         if not isinstance(guide, RankDiagonal) or guide.learn_mean:
             # Learned means belong to the old components, and nothing gives new ones.
             raise TypeError(
                 f"guide is a {type(guide).__name__} with learn_mean="
                 f"{getattr(guide, 'learn_mean', None)}; the gauge is free only for "
-                f"gates of mean 1: GateLoRA(net, ...) and RankDiagonal(model)"
+                f"gates whose mean is 1: take RankDiagonal(model, learn_mean=False)"
             )
         if not 1 <= gather_every <= every:
             raise ValueError(

@@ -20,8 +20,8 @@ from lrvd_pyro.batches import (
 )
 from lrvd_pyro.gauge.token_sums import OVERFLOW, Sums, tapped
 from lrvd_pyro.inference.threads import alone_in_pyro
-from lrvd_pyro.models import GateLoRA
-from lrvd_pyro.models.base import evaluating
+from lrvd_pyro.models.base import RankModel, evaluating
+from lrvd_pyro.models.checks import check_gates
 from lrvd_pyro.predictive.draws import seeded
 
 __all__ = ["Gramians", "gramians", "seeded_by"]
@@ -85,7 +85,7 @@ class Gramians:
 
 
 def gramians(
-    model: GateLoRA,
+    model: RankModel,
     batches: Iterable[Batch],
     *,
     labels: _Labels = "sampled",
@@ -108,7 +108,7 @@ def gramians(
         balance(net, found)
 
     Args:
-        model: The network as a `GateLoRA`; its guide plays no part.
+        model: A `GateLoRA`, or another model of gates; its guide plays no part.
         batches: Dicts of tensors as the model takes them.
         labels: "sampled" draws labels from the network's own predictive, so that M
             belongs to the true Fisher information. "observed" takes those of the
@@ -126,7 +126,7 @@ def gramians(
         The `Gramians`, per data set.
 
     Raises:
-        TypeError: If the model is not a `GateLoRA`, or ``batches`` is one batch.
+        TypeError: If the model draws no gates, or ``batches`` is one batch.
         ValueError: If there are no batches, or a choice is not one of those above. If
             the likelihood cannot sample, or labels are missing. If a gradient is not
             finite, or the network takes no gate per example (DoRA).
@@ -139,11 +139,7 @@ def gramians(
     1905.12558); factored second moments, Martens and Grosse (2015, arXiv 1503.05671);
     subsets weighted as by Shapley (1953), for the Fisher information derived here.
     """
-    if not isinstance(model, GateLoRA):
-        raise TypeError(
-            f"model is a {type(model).__name__}, which binds {model.binds}; the gauge "
-            f"is defined only for gates: GateLoRA(net, num_data=len(train))"
-        )
+    check_gates(model, "the gauge", "take GateLoRA(net, num_data=len(train))")
     if labels not in get_args(_Labels):
         raise ValueError(f'labels={labels!r}; expected "sampled" or "observed"')
     if gates not in get_args(_Gates):
@@ -179,7 +175,7 @@ def gramians(
 
 
 def _gate_gradients(
-    model: GateLoRA, batch: Batch, labels: _Labels, gates: _Gates, sums: Sums
+    model: RankModel, batch: Batch, labels: _Labels, gates: _Gates, sums: Sums
 ) -> Tensor:
     """Each example's gradient in its gates, ``B x R``; adds its tokens to ``sums``."""
     inputs = without_labels(batch)
@@ -198,7 +194,7 @@ def _gate_gradients(
 
 
 def _log_likelihood(
-    model: GateLoRA, predictions: Tensor, labels: Tensor | None
+    model: RankModel, predictions: Tensor, labels: Tensor | None
 ) -> Tensor:
     """The log density of a batch of labels, sampled if None; in nats, not scaled."""
     if not predictions.isfinite().all():

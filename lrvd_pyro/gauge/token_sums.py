@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lrvd_pyro.models import GateLoRA
+from lrvd_pyro.models.base import RankModel
 
 __all__ = ["OVERFLOW", "Sums", "tapped"]
 
@@ -76,7 +76,7 @@ class Sums:
 
 
 @contextmanager
-def tapped(model: GateLoRA, receive: _Receiver) -> Iterator[None]:
+def tapped(model: RankModel, receive: _Receiver) -> Iterator[None]:
     """Within the block, hand over each module's rank activations and their gradients.
 
     ``receive(index, h, g)`` is called in the backward pass, with h before the gate and

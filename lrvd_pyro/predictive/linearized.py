@@ -17,6 +17,7 @@ from lrvd_pyro.inference.programs import Guide
 from lrvd_pyro.inference.threads import alone_in_pyro
 from lrvd_pyro.likelihoods.base import contrasts_of
 from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.models.checks import check_gates
 from lrvd_pyro.rank_space.find import plain_net
 
 __all__ = [
@@ -176,11 +177,7 @@ def check_linearizable(model: RankModel) -> None:
             likelihood has no contrasts.
     """
     space = model.space
-    if model.binds != "gates":
-        raise TypeError(
-            f"the linearized predictive needs gates, and {type(model).__name__} draws "
-            f"{model.binds}; {_WAY_OUT}"
-        )
+    check_gates(model, "the linearized predictive", _WAY_OUT)
     contrasts_of(model.likelihood, 'predict(..., method="linearized")')
     if space.dora:
         raise TypeError(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lrvd_pyro.guides.base import RankGuide
-from lrvd_pyro.models import GateLoRA
+from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.optim import Optimizer
 from lrvd_pyro.selection.removal import check_pair, select
 
@@ -14,7 +14,7 @@ __all__ = ["free_lower_layers"]
 
 
 def free_lower_layers(
-    model: GateLoRA,
+    model: RankModel,
     guide: RankGuide,
     optimizer: Optimizer | None = None,
     *,
@@ -54,7 +54,7 @@ def free_lower_layers(
                 gather.close()
 
     Args:
-        model: The `GateLoRA` in training.
+        model: The model in training.
         guide: Its guide, a `RankGuide`.
         optimizer: What trains them, as in `prune`.
         hankel_values: t of each module, ``r``, from `gauge.hankel_values`; None where
@@ -103,7 +103,7 @@ def free_lower_layers(
 
 
 def _energy(
-    model: GateLoRA, hankel_values: Mapping[str, Tensor] | None, share: float
+    model: RankModel, hankel_values: Mapping[str, Tensor] | None, share: float
 ) -> Tensor:
     """``t^2`` of each component, (R,); raises unless shares of their sum make sense."""
     space = model.space

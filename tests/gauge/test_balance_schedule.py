@@ -238,7 +238,7 @@ def test_closing_leaves_no_hook() -> None:
 
 def test_what_cannot_be_balanced_in_training_is_refused() -> None:
     factor = FactorLoRA(perceptron(), num_data=3)
-    with pytest.raises(TypeError, match="the gauge is free only for gates of mean 1"):
+    with pytest.raises(TypeError, match="the gauge needs gates, and FactorLoRA draws"):
         BalanceSchedule(factor, rank_guide(factor), None)  # type: ignore[arg-type]
     model = GateLoRA(perceptron(), num_data=3)
     with pytest.raises(TypeError, match="learn_mean=True"):

@@ -40,7 +40,7 @@ def test_what_gramians_cannot_use_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="has no labels"):
         gramians(model, [batch], labels="observed")
     with pytest.raises(
-        TypeError, match="which binds weights; the gauge is defined only"
+        TypeError, match="the gauge needs gates, and FactorLoRA draws weights"
     ):
         gramians(FactorLoRA(perceptron(), num_data=3), [batch])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="one draw for the whole batch"):

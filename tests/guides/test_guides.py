@@ -104,11 +104,11 @@ def test_a_site_that_is_neither_real_nor_positive_is_refused() -> None:
 
 
 def test_other_models_and_learned_weights_are_refused() -> None:
-    with pytest.raises(TypeError, match="model is a PeftModel.*; RankDiagonal guides"):
+    with pytest.raises(TypeError, match="needs gates, and PeftModel.* draws nothing"):
         RankDiagonal(bert())  # type: ignore[arg-type]
     factor, gate = FactorLoRA(bert(), num_data=60), GateLoRA(bert(), num_data=60)
     with pytest.raises(TypeError, match=r"FactorLoRA takes guides.TiedDiagonal\(mod"):
-        RankDiagonal(factor)  # type: ignore[arg-type]
+        RankDiagonal(factor)
     with pytest.raises(TypeError, match=r"GateLoRA takes guides.RankDiagonal\(model"):
         TiedDiagonal(gate)  # type: ignore[arg-type]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import lrvd_pyro as lrvd
 from lrvd_pyro.inference import give_own_name
-from lrvd_pyro.models import Factors, RankModel
+from lrvd_pyro.models import Factors, GateLoRA, RankModel
 
 estimated = pytest.mark.filterwarnings("ignore:no closed form")
 
@@ -114,12 +114,62 @@ def test_what_needs_gates_refuses_it_by_name() -> None:
     model, guide = trained()
     with pytest.raises(TypeError, match="needs gates, and CoreLoRA draws cores"):
         lrvd.predict(model, guide, [tokens()], method="linearized")
-    with pytest.raises(TypeError, match="is a CoreLoRA, which binds cores; the gauge"):
-        lrvd.gauge.gramians(model, [tokens()])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="the gauge needs gates, and CoreLoRA draws c"):
+        lrvd.gauge.gramians(model, [tokens()])
     with pytest.raises(TypeError, match="guide is a AutoNormal; expected a guid"):
         lrvd.prune(model, guide)
-    with pytest.raises(TypeError, match="model is a CoreLoRA; RankDiagonal guides"):
-        lrvd.guides.RankDiagonal(model)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="RankDiagonal needs gates, and CoreLoRA draw"):
+        lrvd.guides.RankDiagonal(model)
+
+
+class OwnGates(RankModel):
+    """Gates, drawn otherwise than by a `GateLoRA`."""
+
+    binds = "gates"
+
+    def draw(self) -> Tensor:
+        ones = self.space.ones()
+        gate: Tensor = pyro.sample("gate", dist.Normal(ones, 2.0).to_event(1))
+        return gate
+
+    def bind(self, value: Tensor) -> Any:
+        return self.space.bind(value)
+
+    def factors(self, value: Tensor) -> dict[str, Factors]:
+        As, Bs = self.space.weights("lora_A"), self.space.weights("lora_B")
+        gates = self.space.split(value)
+        return dict(zip(gates, map(Factors, As, Bs, gates.values())))
+
+
+def test_a_model_of_gates_gets_what_gates_have() -> None:
+    model, builtin = OwnGates(bert(), num_data=60), GateLoRA(bert(), num_data=60)
+    builtin.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for each in (model, builtin):
+            for B in each.space.weights("lora_B"):
+                B.copy_(torch.linspace(-1, 1, B.numel()).view_as(B))
+    batch = tokens()
+    ours, theirs = (
+        lrvd.gauge.gramians(each, [batch], labels="observed")
+        for each in (model, builtin)
+    )
+    assert torch.equal(ours.gate_fisher, theirs.gate_fisher)
+    assert ours.gate_fisher.max() > 0
+    lrvd.gauge.center(model, ours)
+    guide = lrvd.guides.RankDiagonal(model)
+    optim = lrvd.optim.AdamW()
+    svi = SVI(model, guide, optim, loss=lrvd.RankELBO())
+    schedule = lrvd.gauge.BalanceSchedule(model, guide, optim, every=2, gather_every=1)
+    for _ in range(2):
+        svi.step(**batch)
+        changes = schedule.step()
+    assert changes
+    keep = lrvd.prune(
+        model, guide, optim, log_alpha_threshold=float(guide.log_alpha[0])
+    )
+    assert model.space.size == int(keep.sum()) < 16
+    predicted = lrvd.predict(model, guide, [batch], method="linearized")
+    assert predicted.probs.shape == (6, 3)
 
 
 def test_a_model_that_lacks_a_method_cannot_be_made() -> None:
