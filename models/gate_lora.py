@@ -10,6 +10,7 @@ from pyro import distributions as dist
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from lrvd_pyro._compat.pyro import name_in_tree
 from lrvd_pyro.likelihoods.base import Likelihood
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.models.factors import Factors
@@ -153,7 +154,7 @@ def _check_densities(prior: object, weight_prior: object) -> None:
         )
     # Pyro's store names parameters by the path from the root, so that a module with
     # parameters has one parent only.
-    if owner := getattr(prior, "_pyro_name", ""):
+    if owner := name_in_tree(prior):
         raise ValueError(
             f"this prior's parameters are {owner!r} already; give each model its own: "
             f"prior={type(prior).__name__}()"

@@ -19,6 +19,7 @@ __all__ = [
     "held_parameters",
     "mcmc_is_running",
     "messengers",
+    "name_in_tree",
     "name_of",
     "other_thread_in_pyro",
     "plain_child",
@@ -77,6 +78,14 @@ def name_of(module: PyroModule) -> str:
     """
     name: str = module._pyro_name
     return name
+
+
+def name_in_tree(module: object) -> str:
+    """The name of a PyroModule that is a child of another; "" of anything else.
+
+    Private for the same reason as `name_of`.
+    """
+    return getattr(module, "_pyro_name", "")
 
 
 def rename(root: PyroModule, name: str) -> None:

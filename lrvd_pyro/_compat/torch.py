@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "add_each",
+    "compiled_original",
     "convolves",
     "evaluated_node",
     "forward_hooks",
@@ -84,6 +85,14 @@ def is_compiled(net: nn.Module) -> bool:
     Private, since ``compile`` leaves no public mark on the module.
     """
     return any(module._compiled_call_impl is not None for module in net.modules())
+
+
+def compiled_original(net: object) -> object:
+    """The network within one that ``torch.compile`` returned; None of any other.
+
+    Private, since a compiled module shows its original under no public name.
+    """
+    return getattr(net, "_orig_mod", None)
 
 
 def forward_hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:

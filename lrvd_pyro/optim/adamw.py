@@ -55,6 +55,7 @@ class AdamW(PyroOptim):
     Attributes:
         steps: The number of steps taken.
         torch_optim: The torch optimizer, None before the first step.
+        pending: A restored state that waits for the next step, or None.
 
     Raises:
         ValueError: If a number is out of range or NaN. From a step, if ``schedule``
@@ -98,7 +99,7 @@ class AdamW(PyroOptim):
         self.clip_norm = clip_norm
         self.steps = 0
         self.torch_optim: torch.optim.AdamW | None = None
-        self._pending: dict[str, Any] | None = None
+        self.pending: dict[str, Any] | None = None
 
     def __call__(
         self, params: Iterable[Tensor], *args: object, **kwargs: object
@@ -131,8 +132,8 @@ class AdamW(PyroOptim):
 
     def get_state(self) -> dict[str, Any]:
         """The steps taken, the torch optimizer's state, and the shapes that it fits."""
-        if self._pending is not None:
-            return self._pending
+        if self.pending is not None:
+            return self.pending
         if self.torch_optim is None:
             return {"steps": self.steps, "optim": None, "shapes": []}
         shapes = _shapes(self.torch_optim)
@@ -152,7 +153,7 @@ class AdamW(PyroOptim):
             ValueError: If the groups do not hold parameters of the saved shapes.
         """
         self.steps = state_dict["steps"]
-        self._pending = None if state_dict["optim"] is None else state_dict
+        self.pending = None if state_dict["optim"] is None else state_dict
         if self.torch_optim is not None:
             self._restore(self.torch_optim)
 
@@ -199,9 +200,9 @@ class AdamW(PyroOptim):
         return self.torch_optim
 
     def _restore(self, optim: torch.optim.AdamW) -> None:
-        if self._pending is None:
+        if self.pending is None:
             return
-        saved, present = self._pending["shapes"], _shapes(optim)
+        saved, present = self.pending["shapes"], _shapes(optim)
         if saved != present:
             raise ValueError(
                 f"the saved optimizer has parameters of shapes {saved} in {GROUPS}, "
@@ -210,8 +211,8 @@ class AdamW(PyroOptim):
             )
         # Loading gives moments the precision of their parameters.
         with _in_float32(p for group in optim.param_groups for p in group["params"]):
-            optim.load_state_dict(self._pending["optim"])
-        self._pending = None
+            optim.load_state_dict(self.pending["optim"])
+        self.pending = None
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from lrvd_pyro._compat.torch import convolves, is_compiled
+from lrvd_pyro._compat.torch import compiled_original, convolves, is_compiled
 from lrvd_pyro.rank_space.constant import is_constant
 
 __all__ = ["PREFIX", "active_adapters", "find_layers", "pick_adapter", "plain_net"]
@@ -64,7 +64,7 @@ def pick_adapter(net: nn.Module, adapter: str | None) -> str:
     if not _has_lora(net):
         config = "LoraConfig(r=8, ...)"
         way = f"get_peft_model(net, {config}), or net.add_adapter({config})"
-        if _has_lora(getattr(net, "_orig_mod", None)):
+        if _has_lora(compiled_original(net)):
             way = "make the model first, then net.compile()"
         raise TypeError(
             f"net is a {type(net).__name__}; expected a PEFT model, or a network with "

@@ -43,7 +43,7 @@ def torch_optimizers(optimizer: Optimizer) -> list[torch.optim.Optimizer]:
         )
     # A restored state reaches its parameters at the next step alone. Until then there
     # is nothing to slice, and that step would bring back the old shapes.
-    if restored_without_a_step(optimizer) or getattr(optimizer, "_pending", None):
+    if restored_without_a_step(optimizer) or getattr(optimizer, "pending", None):
         raise ValueError(
             "the optimizer was restored and has taken no step since, so that its state "
             "belongs to no parameter yet; take one step before selecting ranks"

@@ -29,7 +29,7 @@ def optimizer_state(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> _Sta
     """
     optim = _torch_optimizer(optimizer)
     # Until its next step, a restored AdamW knows its state by order and not by tensor.
-    if getattr(optimizer, "_pending", None) is not None:
+    if getattr(optimizer, "pending", None) is not None:
         raise ValueError(
             "the optimizer was restored by set_state and has taken no step since, so "
             "its moments belong to no parameter yet; take one step first"

@@ -72,6 +72,20 @@ def test_torch_marks_a_compiled_module() -> None:
     assert compat_torch.is_compiled(net), "nn.Module._compiled_call_impl has changed"
 
 
+def test_torch_keeps_the_original_within_a_compiled_network() -> None:
+    net = nn.Linear(2, 2)
+    compiled: Any = torch.compile(net, backend="eager")
+    assert compat_torch.compiled_original(compiled) is net, "_orig_mod has changed"
+    assert compat_torch.compiled_original(net) is None
+
+
+def test_pyro_names_the_modules_of_a_tree() -> None:
+    root, child = PyroModule("root"), PyroModule()
+    assert not compat_pyro.name_in_tree(child) and not compat_pyro.name_in_tree(3)
+    root.child = child
+    assert compat_pyro.name_in_tree(child) == "root.child", "_pyro_name has changed"
+
+
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
 def test_torch_convolves_in_a_method_of_its_own(kind: Any) -> None:
     class Doubled(kind):  # type: ignore[misc]
