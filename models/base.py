@@ -27,6 +27,7 @@ from lrvd_pyro.models.checks import (
     check_labels,
     check_mcmc,
     check_num_data,
+    start_of,
 )
 from lrvd_pyro.models.factors import Factors, SiteLabels
 from lrvd_pyro.rank_space.cuts import named_cuts
@@ -187,12 +188,9 @@ class RankModel(UniqueModule):
     def start(self) -> dict[str, Tensor]:
         """Where guides start each latent site: at the prior's ``start``, else at 1."""
         # At gate 1 the network is the trained LoRA. At gate 0 B would get no gradient.
-        known = getattr(self.prior, "start", {})
-        device = self.space.device
-        return {
-            name: torch.full(fn.event_shape, known.get(name, 1.0), device=device)
-            for name, fn in self.latent_sites().items()
-        }
+        known, device = getattr(self.prior, "start", {}), self.space.device
+        sites = self.latent_sites().items()
+        return {n: start_of(n, fn, known.get(n, 1.0), device) for n, fn in sites}
 
     @alone_in_pyro()
     def value_at(self, latents: Mapping[str, Tensor]) -> Tensor:

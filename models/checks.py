@@ -2,6 +2,7 @@
 
 import warnings
 from numbers import Integral
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ __all__ = [
     "check_labels",
     "check_mcmc",
     "check_num_data",
+    "start_of",
 ]
 
 _DROPOUT = (
@@ -93,6 +95,34 @@ def check_mcmc(net: nn.Module, size: int, num_data: int) -> None:
             "MCMC runs a network whose dropout is on, so that its density is random; "
             "call net.eval() first"
         )
+
+
+def start_of(site: str, prior: Any, number: float, device: torch.device) -> Tensor:
+    """Where guides start a latent site, checked to lie within its support.
+
+    At the edge of a support the unconstrained value is infinite, which torch clamps in
+    silence: a guide would stay where it is.
+
+    Args:
+        site: The site's name.
+        prior: Its distribution, with one event dimension.
+        number: The value of each component.
+        device: Where the start is made.
+
+    Raises:
+        ValueError: With the site and the attribute that moves the start.
+    """
+    value = torch.full(prior.event_shape, number, device=device)
+    support, step = prior.support, 1e-3 * min(1.0, abs(number) or 1.0)
+    around = (value - step, value + step)
+    if support.is_discrete or all(support.check(each).all() for each in around):
+        return value
+    within = prior.sample().flatten()[0]
+    raise ValueError(
+        f"guides start the latent site {site!r} at {number}, which is not within its "
+        f"support {support}; give the prior another start, such as a draw of its own: "
+        f"prior.start = {{{site!r}: {within:.2g}}}"
+    )
 
 
 class FrozenAdapter:

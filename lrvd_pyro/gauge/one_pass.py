@@ -87,7 +87,7 @@ def bayesianize(
         with seeded_by(generator):
             # No batch at all is refused below, by `gramians`.
             num_data = sum(batch_size(batch) for batch in batches) or 1
-    prior = prior or LogUniform()
+    prior = LogUniform() if prior is None else prior
     optimal_alpha(torch.ones(1), prior)  # refuses a prior before any change
     model = GateLoRA(
         net, prior=prior, likelihood=likelihood, num_data=num_data, adapter=adapter

@@ -7,6 +7,7 @@ The package knows neither PEFT nor the network. A new estimator is a subclass of
 from lrvd_pyro.inference.elbo import RankELBO
 from lrvd_pyro.inference.param_store import give_own_name
 from lrvd_pyro.inference.per_example import PerExample
+from lrvd_pyro.inference.programs import Guide
 from lrvd_pyro.inference.warmup import linear_warmup
 
-__all__ = ["PerExample", "RankELBO", "give_own_name", "linear_warmup"]
+__all__ = ["Guide", "PerExample", "RankELBO", "give_own_name", "linear_warmup"]

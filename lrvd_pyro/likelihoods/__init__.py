@@ -15,8 +15,6 @@ from lrvd_pyro.likelihoods.base import (
 from lrvd_pyro.likelihoods.categorical import Categorical, CategoricalPrediction
 from lrvd_pyro.likelihoods.normal import Normal, NormalPrediction
 
-Prediction = CategoricalPrediction | NormalPrediction
-
 __all__ = [
     "Categorical",
     "CategoricalPrediction",
@@ -25,7 +23,6 @@ __all__ = [
     "Likelihood",
     "Normal",
     "NormalPrediction",
-    "Prediction",
     "data_plate",
     "samples_first",
 ]

@@ -129,7 +129,7 @@ def check_likelihood(likelihood: object) -> None:
         TypeError: If some are missing, which the message lists.
     """
     methods = ("__call__", "summarize", "collect")
-    missing = [name for name in methods if not hasattr(likelihood, name)]
+    missing = [n for n in methods if not callable(getattr(likelihood, n, None))]
     # A class has the methods too, and __call__ from its metaclass.
     if missing or isinstance(likelihood, type):
         raise TypeError(

@@ -73,7 +73,7 @@ def assert_ok(
         model, guide = make_pair()
         parameters = _trainable(model, guide, batches[0])
         before = _copies(parameters)
-        _train(model, guide, batches, elbo or RankELBO(), driver)
+        _train(model, guide, batches, RankELBO() if elbo is None else elbo, driver)
         still = [n for n, p in parameters.items() if torch.equal(p, before[n])]
         assert not still, f"after {len(batches)} steps these have not moved: {still}"
         expected = _predictions(model, guide, batches)
@@ -163,7 +163,7 @@ def assert_unbiased_elbo(
     Raises:
         AssertionError: With the mean, its standard error and the exact value.
     """
-    objective: Any = elbo or RankELBO()
+    objective: Any = RankELBO() if elbo is None else elbo
     taken = islice(cycle(batches), num_estimates)
     losses = torch.tensor([objective.loss(model, guide, **batch) for batch in taken])
     mean, error = float(losses.mean()), float(losses.std()) / math.sqrt(len(losses))

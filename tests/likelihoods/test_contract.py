@@ -86,12 +86,19 @@ class CallAlone:
     def __call__(self, *_: Any) -> None: ...
 
 
+class NoMethods(CallAlone):
+    """It has the names of the methods, for something else."""
+
+    summarize, collect = "mean", None
+
+
 @pytest.mark.parametrize("family", [GateLoRA, FactorLoRA])
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ("x", r"'x', which lacks \['__call__', 'summarize', 'collect'\]"),
         (CallAlone(), r"which lacks \['summarize', 'collect'\]"),
+        (NoMethods(), r"which lacks \['summarize', 'collect'\]"),
         (lambda *_: None, r"which lacks \['summarize', 'collect'\]"),
         (Categorical, "a class and not an object; .*likelihoods.Categorical()"),
     ],
