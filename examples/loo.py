@@ -56,7 +56,7 @@ def posterior(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Compare the priors; print both judgements."""
+    """Compare the priors; print what both criteria say."""
     parser = argparse.ArgumentParser(description="Leave-one-out between two priors.")
     parser.add_argument("--seed", type=int, default=0, help="of data and noise; 0")
     args = parser.parse_args(argv)

@@ -25,8 +25,8 @@ class FisherLaplace(AutoLaplaceApproximation):
     Train it as any guide; then `laplace_approximation` gives the Gaussian
     ``N(u*, (J^T F J + H)^-1)`` over the unconstrained latents u. F is the gates' Fisher
     information over the data set. J is the Jacobian of the gate in u, and H the Hessian
-    of the negative log prior. The network is differentiated once only, since attention
-    kernels have no second derivatives.
+    of the negative log prior. Of the network only first derivatives are taken, since
+    attention kernels have no second ones.
 
     Wrong where the posterior is skewed or has several modes. Under priors with a pole
     at zero the mode itself says little.

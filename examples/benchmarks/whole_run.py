@@ -172,7 +172,7 @@ class Bayesian(Run):
 
     def after_epoch(self) -> None:
         if self.gather:
-            found, (which, means_left) = self.gather.found(), FREED[self.name]
+            found, (which, means_left) = self.gather.gramians(), FREED[self.name]
             self.gather.close()
             if means_left:
                 center(self.model, found)

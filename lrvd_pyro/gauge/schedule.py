@@ -110,7 +110,7 @@ class BalanceSchedule:
         changes = None
         self._forget_if_pruned()
         if self.steps % self.every == 0 and self._examples:
-            space, found = self.model.space, self.found()
+            space, found = self.model.space, self.gramians()
             point = center_of(space)
             about = found.centered(point) if point else found
             changes = rebalance(space, about, self.optimizer, lengths="kept")
@@ -119,7 +119,7 @@ class BalanceSchedule:
         self._listen()
         return changes
 
-    def found(self) -> Gramians:
+    def gramians(self) -> Gramians:
         """The second moments gathered since the last balancing, and the means."""
         modules = self.model.space.modules
         whole = self.model.num_data / max(self._examples, 1)

@@ -1,7 +1,8 @@
 """Priors over the rank components: small Pyro programs.
 
 A prior is any callable from a `RankSpace` to the gate, a tensor of event shape (R,). It
-is run once per batch or once per example, and therefore keeps three rules:
+runs once per pass, and its sites are drawn for the batch or for each example at once.
+It therefore keeps three rules:
 
 - Every latent site has exactly one event dimension, ``.to_event(1)``; a global scale
   has shape (1,). No site stands in a plate, and no prior uses `pyro.factor`.
@@ -12,7 +13,8 @@ is run once per batch or once per example, and therefore keeps three rules:
 
 A scale of the gates means something only if A and B have one too. Without
 ``GateLoRA(..., weight_prior=Normal(0, 1))`` the map b -> b s undoes it. Guides start
-every site at 1. An attribute ``start``, a dict from site name to number, changes that.
+every site at 1. An attribute ``start``, a dict from site name to number, changes that;
+a site whose support ends there needs it.
 
 Example, with one scale that all gates share::
 
@@ -30,8 +32,8 @@ Example, with one scale that all gates share::
 
 `RankSpace.group` gives the index of a scale per module, layer or type; `Hierarchical`
 shows how. ``lrvd_pyro.testing.assert_ok`` proves that a prior trains, predicts, saves
-and loads. A prior for this package goes to a file of its own here, and gets a line in
-tests/helpers/families.py.
+and loads. A prior for this package goes to a file of its own here. It is imported
+below, and gets a line in tests/helpers/families.py.
 """
 
 from lrvd_pyro.priors.base import Prior

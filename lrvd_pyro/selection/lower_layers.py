@@ -47,7 +47,7 @@ def free_lower_layers(
             svi.step(**batch)
             gather.step()
             if step == 50:
-                found = gather.found()
+                found = gather.gramians()
                 center(model, found)
                 sizes = hankel_values(found.centered())
                 free_lower_layers(model, guide, svi.optim, hankel_values=sizes)

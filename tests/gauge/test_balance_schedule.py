@@ -35,7 +35,7 @@ def test_training_gathers_what_the_one_pass_gathers() -> None:
     for batch in batches:
         svi.step(**batch)
         schedule.step()
-    for name, t in hankel_values(schedule.found()).items():
+    for name, t in hankel_values(schedule.gramians()).items():
         alive = t > 1e-2 * t[0]
         ours = hankel_values(one_pass)[name]
         torch.testing.assert_close(t[alive], ours[alive], rtol=0.05, atol=0)
@@ -145,13 +145,13 @@ def test_a_compiled_network_gathers_the_same() -> None:
     model, guide, svi, schedule = quiet(every=9, gather_every=1)
     batch = tokens(16)
     svi.step(**batch)
-    eager = schedule.found()
+    eager = schedule.gramians()
     schedule.close()
     model.net.compile(backend="eager")
     svi.step(**batch)  # compiled without taps
     schedule = BalanceSchedule(model, guide, svi.optim, every=9, gather_every=1)
     svi.step(**batch)
-    for name, gram in schedule.found().gradients.items():
+    for name, gram in schedule.gramians().gradients.items():
         torch.testing.assert_close(gram, eager.gradients[name], rtol=0.1, atol=1e-3)
 
 
@@ -159,9 +159,9 @@ def test_evaluating_the_loss_is_no_gathering() -> None:
     model, guide, svi, schedule = quiet(every=9, gather_every=1)
     batch = tokens(16)
     svi.step(**batch)
-    before = schedule.found()
+    before = schedule.gramians()
     svi.evaluate_loss(**batch)
-    for name, gram in schedule.found().gradients.items():
+    for name, gram in schedule.gramians().gradients.items():
         torch.testing.assert_close(gram, before.gradients[name])
 
 

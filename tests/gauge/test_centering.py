@@ -193,10 +193,10 @@ def test_rebalancing_in_training_goes_by_covariances_about_a_center() -> None:
     svi.step(**batch)
     schedule.step()
     svi.step(**batch)
-    grams, point = schedule.found(), where(model)
+    grams, point = schedule.gramians(), where(model)
     saved = schedule.state_dict()
     schedule.load_state_dict(saved)
-    for name, mean in schedule.found().means.items():
+    for name, mean in schedule.gramians().means.items():
         assert torch.equal(mean, grams.means[name])
     parts = model.space.split(point)
     changes = schedule.step()

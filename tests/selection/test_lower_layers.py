@@ -128,7 +128,7 @@ def test_training_goes_on_in_the_layers_that_stay():
     for batch in batches:
         svi.step(**batch)
         gather.step()
-    found = hankel_values(gather.found())
+    found = hankel_values(gather.gramians())
     gather.close()
     gather.step()
     assert not model._forward_pre_hooks
