@@ -48,7 +48,7 @@ def hankel_values(gramians: Gramians) -> dict[str, Tensor]:
 
     Example::
 
-        t = hankel_values(gramians(model, batches))["encoder.layer.3.query"]
+        t = hankel_values(gramians(model, batches))[model.space.modules[0]]
 
     Args:
         gramians: The second moments, from `lrvd_pyro.gauge.gramians`.

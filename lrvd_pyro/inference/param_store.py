@@ -19,6 +19,7 @@ from lrvd_pyro.inference.programs import Guide
 __all__ = [
     "FreezableModule",
     "UniqueModule",
+    "check_has_parameters",
     "check_name_is_free",
     "check_registered",
     "give_own_name",
@@ -112,6 +113,30 @@ def _new_name(root: nn.Module) -> str:
 def waits_for_first_call(guide: object) -> bool:
     """Whether a guide is an AutoGuide that has no parameters yet."""
     return getattr(guide, "prototype_trace", ()) is None
+
+
+def check_has_parameters(guide: object, call: str, instead: str) -> None:
+    """Raise unless a guide is a module that has its parameters.
+
+    Args:
+        guide: The guide.
+        call: The call that needs them.
+        instead: What to do with a function as a guide.
+
+    Raises:
+        TypeError: If ``guide`` is a function.
+        ValueError: If ``guide`` is an AutoGuide that has no parameters yet.
+    """
+    if not isinstance(guide, nn.Module):
+        raise TypeError(
+            f"guide is a {type(guide).__name__} without parameters of its own; "
+            f"{instead}"
+        )
+    if waits_for_first_call(guide):
+        raise ValueError(
+            f"{type(guide).__name__} makes its parameters on its first call; call "
+            f"guide(**batch) once before {call}"
+        )
 
 
 def check_name_is_free(guide: Guide) -> None:

@@ -7,7 +7,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
 from lrvd_pyro._numbers import check_rate
-from lrvd_pyro.inference.param_store import waits_for_first_call
+from lrvd_pyro.inference.param_store import check_has_parameters
 
 __all__ = ["GROUPS", "Optimizer", "group_of", "parameter_groups", "rates_of"]
 
@@ -77,16 +77,8 @@ def parameter_groups(
             learning rate is negative or not finite.
     """
     rates = rates_of(lr, head_lr, variational_lr)
-    if not isinstance(guide, nn.Module):
-        raise TypeError(
-            f"guide is a {type(guide).__name__} without parameters of its own; use it "
-            f"with pyro.infer.SVI and lrvd_pyro.optim.AdamW"
-        )
-    if waits_for_first_call(guide):
-        raise ValueError(
-            f"{type(guide).__name__} makes its parameters on its first call; call "
-            f"guide(**batch) once before parameter_groups(model, guide)"
-        )
+    instead = "use it with pyro.infer.SVI and lrvd_pyro.optim.AdamW"
+    check_has_parameters(guide, "parameter_groups(model, guide)", instead)
     groups: dict[str, list[Tensor]] = {group: [] for group in GROUPS}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

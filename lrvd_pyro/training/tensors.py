@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lrvd_pyro._compat.torch import persistent_buffers
 from lrvd_pyro.guides.base import RankGuide
-from lrvd_pyro.inference.param_store import waits_for_first_call
+from lrvd_pyro.inference.param_store import check_has_parameters
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.rank_space.center import center_at, center_of
 from lrvd_pyro.rank_space.find import plain_net
@@ -39,7 +39,7 @@ _AS_THEN = (
 )
 
 
-def stored_tensors(model: RankModel, guide: object) -> dict[str, Tensor]:
+def stored_tensors(model: RankModel, guide: nn.Module) -> dict[str, Tensor]:
     """The tensors of model and guide that training may change, by name.
 
     These are trainable parameters, adapter weights, persistent buffers, and everything
@@ -50,16 +50,8 @@ def stored_tensors(model: RankModel, guide: object) -> dict[str, Tensor]:
         TypeError: If ``guide`` is a function.
         ValueError: If ``guide`` is an AutoGuide that has no parameters yet.
     """
-    if not isinstance(guide, nn.Module):
-        raise TypeError(
-            f"guide is a {type(guide).__name__} without parameters of its own; "
-            f"checkpoints take a module: RankDiagonal(model), or any AutoGuide"
-        )
-    if waits_for_first_call(guide):
-        raise ValueError(
-            f"{type(guide).__name__} makes its parameters on its first call; call "
-            f"guide(**batch) once before checkpoint and resume"
-        )
+    instead = "checkpoints take a module: RankDiagonal(model), or any AutoGuide"
+    check_has_parameters(guide, "checkpoint and resume", instead)
     tensors: dict[str, Tensor] = {}
     for root, module in (("model", model), ("guide", guide)):
         for name, parameter in module.named_parameters(root):
