@@ -19,12 +19,14 @@ from lrvd_pyro.guides.auto import (
 from lrvd_pyro.guides.base import RankGuide
 from lrvd_pyro.guides.fisher_laplace import FisherLaplace
 from lrvd_pyro.guides.rank_diagonal import RankDiagonal
+from lrvd_pyro.guides.row_diagonal import RowDiagonal
 from lrvd_pyro.guides.tied_diagonal import TiedDiagonal
 
 __all__ = [
     "FisherLaplace",
     "RankDiagonal",
     "RankGuide",
+    "RowDiagonal",
     "TiedDiagonal",
     "delta",
     "iaf",

@@ -1,5 +1,6 @@
 """What a rank-wise guide is: what selection, history, storage and export ask of it."""
 
+import math
 from abc import abstractmethod
 from typing import Protocol, runtime_checkable
 
@@ -9,6 +10,7 @@ from pyro import distributions as dist
 from torch import Tensor, nn
 
 from lrvd_pyro._compat.pyro import name_of
+from lrvd_pyro._numbers import check_number
 from lrvd_pyro.inference.param_store import UniqueModule, check_registered
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.rank_space.cuts import named_cuts
@@ -51,6 +53,9 @@ class RankGuide(UniqueModule):
 
     Args:
         model: The model whose latent sites the guide draws.
+        linearized_scale: The factor on variances where `predict` linearizes. Draws
+            break at noise that the linearized predictive still bears, so that noise by
+            evidence has two sizes: see `lrvd_pyro.gauge.noise_by_evidence`.
 
     Attributes:
         space: The model's rank space.
@@ -83,11 +88,18 @@ class RankGuide(UniqueModule):
         svi = SVI(model, guide, AdamW(), loss=RankELBO())
     """
 
-    def __init__(self, model: RankModel) -> None:
+    def __init__(self, model: RankModel, *, linearized_scale: float = 1.0) -> None:
+        check_number(
+            "linearized_scale",
+            linearized_scale,
+            "a positive number: 1.0",
+            lambda scale: 0 < scale < math.inf,
+        )
         super().__init__()
         # The space, and not the model: as a child, the model's parameters would be the
         # guide's too.
         self.space = model.space
+        self.linearized_scale = linearized_scale
 
     @abstractmethod
     def forward(self, *args: object, **batch: object) -> dict[str, Tensor]:

@@ -1,12 +1,12 @@
 """The one-dimensional families of the rank-wise diagonal guide.
 
-A family has the members of `_RealNoise`. A new one joins `Noise`, and `family_of`
+A family has the members of `RealNoise`. A new one joins `Noise`, and `family_of`
 chooses it by the site's prior.
 """
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro import distributions as dist
@@ -16,14 +16,15 @@ from torch.distributions import Distribution
 
 from lrvd_pyro.distributions import TruncatedLogNormal, TruncatedLogUniform
 
-__all__ = ["Noise", "family_of", "walled"]
+__all__ = ["Noise", "RealNoise", "family_of", "walled"]
 
 
 @dataclass(frozen=True)
-class _RealNoise:
+class RealNoise:
     """``Normal(loc, v)`` on a real site; log v stays within [-10, 8]."""
 
     size: int
+    limits: ClassVar = (-10.0, 8.0)
 
     def to_loc(self, mean: Tensor) -> Tensor:
         """The location at which the site has a mean."""
@@ -35,10 +36,10 @@ class _RealNoise:
 
     def posterior(self, loc: Tensor, log_variance: Tensor) -> dist.TorchDistribution:
         """The distribution of the site's components."""
-        scale = torch.exp(0.5 * walled(log_variance, -10.0, 8.0))
+        scale = torch.exp(0.5 * walled(log_variance, *self.limits))
         return dist.Normal(loc.to(scale.dtype), scale, validate_args=False)
 
-    def select(self, index: Tensor) -> "_RealNoise":
+    def select(self, index: Tensor) -> "RealNoise":
         """The family of the components that stay."""
         return replace(self, size=len(index))
 
@@ -81,7 +82,7 @@ class _PositiveNoise:
         return replace(self, size=len(index), bounds=(low, high))
 
 
-Noise = _RealNoise | _PositiveNoise
+Noise = RealNoise | _PositiveNoise
 
 
 def family_of(name: str, prior: Distribution) -> Noise:
@@ -97,7 +98,7 @@ def family_of(name: str, prior: Distribution) -> Noise:
     if isinstance(element, TruncatedLogUniform):
         return _PositiveNoise(size, (element.low, element.high))
     if support is constraints.real:
-        return _RealNoise(size)
+        return RealNoise(size)
     if support in (constraints.positive, constraints.nonnegative):
         return _PositiveNoise(size)
     if support.is_discrete:

@@ -56,6 +56,7 @@ class RankDiagonal(RankGuide):
         model: A `GateLoRA`, or another model of gates.
         learn_mean: Learn all means: where A and B are frozen, or a prior has a scale.
         init_log_alpha: Where log alpha starts.
+        linearized_scale: See `RankGuide`.
 
     Attributes:
         log_variance: The log variances of all sites, one after another.
@@ -74,12 +75,13 @@ class RankDiagonal(RankGuide):
         *,
         learn_mean: bool = False,
         init_log_alpha: float = -4.0,
+        linearized_scale: float = 1.0,
     ) -> None:
         way_out = "FactorLoRA takes guides.TiedDiagonal(model), other models take"
         way_out += " pyro.infer.autoguide.AutoNormal(model)"
         check_gates(model, "RankDiagonal", way_out)
         check_number("init_log_alpha", init_log_alpha, "a finite number: -4.0")
-        super().__init__(model)
+        super().__init__(model, linearized_scale=linearized_scale)
         # A bound method: as a child, the model would share its parameters.
         self._gate_at = model.value_at
         sites = model.latent_sites().items()

@@ -3,20 +3,16 @@
 from typing import final
 
 import torch
-from pyro import distributions as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from lrvd_pyro._numbers import check_number
-from lrvd_pyro.guides.base import RankGuide
-from lrvd_pyro.guides.families import walled
+from lrvd_pyro.guides.weight_noise import WeightNoise
 from lrvd_pyro.models import FactorLoRA
-from lrvd_pyro.rank_space.removal import Cuts, slice_tensors
 
 __all__ = ["TiedDiagonal"]
 
 
 @final
-class TiedDiagonal(RankGuide):
+class TiedDiagonal(WeightNoise):
     """Gaussian noise on the weights of `FactorLoRA`, one variance per rank component.
 
     Every element of row i of A (and of column i of B) is Normal around its present
@@ -36,6 +32,7 @@ class TiedDiagonal(RankGuide):
     Args:
         model: A `FactorLoRA`; `RankDiagonal` guides `GateLoRA`.
         init_log_alpha: Where log alpha starts.
+        linearized_scale: See `RankGuide`.
 
     Attributes:
         log_variance: The log of ``sigma_i^2``, (R,): the guide's only parameter. The
@@ -46,79 +43,22 @@ class TiedDiagonal(RankGuide):
         ValueError: If ``init_log_alpha`` is not finite.
     """
 
-    bounds = (-20.0, 2.0)
-    owner: Tensor
-
     def __init__(
         self,
         model: FactorLoRA,
         *,
         init_log_alpha: float = -4.0,
+        linearized_scale: float = 1.0,
     ) -> None:
-        if not isinstance(model, FactorLoRA):
-            raise TypeError(
-                f"model is a {type(model).__name__}; TiedDiagonal guides FactorLoRA, "
-                f"whose weights have its means. GateLoRA takes "
-                f"guides.RankDiagonal(model)"
-            )
-        check_number("init_log_alpha", init_log_alpha, "a finite number: -4.0")
-        super().__init__(model)
-        self.init_log_alpha = init_log_alpha
-        each = torch.arange(self.space.size)
-        sides = [each.repeat_interleave(self.space.widths(s)) for s in self.space.sides]
-        # The rank component of each weight. It follows from the ranks, so is not saved.
-        owner = torch.cat(sides).to(self.space.device)
-        self.register_buffer("owner", owner, persistent=False)
-        signal = self._log_signal(owner, self.mean())
-        self.log_variance = nn.Parameter(init_log_alpha + signal)
-
-    def forward(self, *args: object, **batch: object) -> dict[str, Tensor]:
-        """Draw the weights, whatever the batch; returns them as ``factor``."""
-        return self.draw_independent(self.distributions())
-
-    def distributions(self) -> dict[str, dist.TorchDistribution]:
-        """The posterior of each weight, (K,)."""
-        scale = torch.exp(0.5 * walled(self.log_variance, *self.bounds))[self.owner]
-        loc = self.mean().to(scale.dtype)
-        return {"factor": dist.Normal(loc, scale, validate_args=False)}
-
-    def mean(self) -> Tensor:
-        """The network's own weights, as `RankSpace.flatten` lays them out, (K,)."""
-        return self.space.flatten(*self.space.sides)
+        super().__init__(
+            model,
+            apart=False,
+            init_log_alpha=init_log_alpha,
+            linearized_scale=linearized_scale,
+        )
 
     @property
     def log_alpha(self) -> Tensor:
         """``log(sigma_i^2 d / ||a_i||^2)`` of each rank component, (R,)."""
         with torch.no_grad():
-            signal = self._log_signal(self.owner, self.mean())
-            return self.log_variance.clamp(*self.bounds) - signal
-
-    def noise_ratio(self) -> Tensor:
-        """``sigma_i^2 d / ||a_i||^2`` with its graph, (R,), summed over the sides."""
-        weights = [self.space.flatten(side) for side in self.space.sides]
-        owners = self.owner.split([len(w) for w in weights])
-        log_variance = walled(self.log_variance, *self.bounds)
-        signals = [self._log_signal(o, w) for o, w in zip(owners, weights)]
-        return torch.stack([torch.exp(log_variance - s) for s in signals]).sum(0)
-
-    def by_site(self, vector: Tensor) -> tuple[Tensor, ...]:
-        """The vector itself: the one site has a variance per rank component."""
-        return (vector,)
-
-    def cuts(self, keep: Tensor) -> Cuts:
-        """What `select` would slice, without doing it."""
-        return {self.log_variance: (0, keep.nonzero().squeeze(-1))}
-
-    def select(self, keep: Tensor) -> None:
-        """Drop the rank components where ``keep`` (R,) is False, in place."""
-        slice_tensors(self.cuts(keep))
-        keep = keep.to(self.owner.device)
-        # The components that stay are numbered without gaps.
-        self.owner = (keep.cumsum(0) - 1)[self.owner[keep[self.owner]]]
-
-    def _log_signal(self, owner: Tensor, weights: Tensor) -> Tensor:
-        """Log of the mean square of the weights of each rank component."""
-        squares = torch.zeros(self.space.size, device=owner.device)
-        elements = weights.detach().to(squares.dtype).square()
-        log: Tensor = (squares.index_add(0, owner, elements) / owner.bincount()).log()
-        return log
+            return self.log_variance.clamp(*self.bounds) - self.log_signal()

@@ -89,12 +89,26 @@ class Categorical:
             )
 
     def fisher_roots(self, predictions: Tensor) -> Tensor:
-        """``sqrt(p_c) log p_c`` by class, ``B x C``, with ``sqrt(p_c)`` held constant.
+        """``L^T c``, ``B x (C - 1)``: c are the contrasts, and L is held constant.
 
-        The Fisher information is ``sum_c p_c grad(log p_c) grad(log p_c)^T``.
+        The Fisher information about c is ``diag(p) - p p^T``, p without class 0. L is
+        its Cholesky factor: ``L_jj = sqrt(p_j q_j / q_{j-1})`` and
+        ``L_ij = -p_i sqrt(p_j / (q_j q_{j-1}))``. Here q_j is the probability of class
+        0 and of all classes beyond j.
+
+        Source: Tanabe and Sagae (1992), "An exact Cholesky decomposition of the
+        covariance matrix of a multinomial distribution".
         """
-        log_probs = precise(predictions).log_softmax(-1)
-        return (0.5 * log_probs.detach()).exp() * log_probs
+        contrasts = self.contrasts(predictions)
+        p = precise(predictions).detach().softmax(-1)
+        beyond = p[:, 1:].flip(1).cumsum(1).flip(1)  # classes from j on
+        q = (p[:, :1] + F.pad(beyond[:, 1:], (0, 1))).clamp(min=1e-30)
+        before = F.pad(q[:, :-1], (1, 0), value=1.0)
+        p = p[:, 1:]
+        diagonal = (p * q / before).sqrt() * contrasts
+        # Column j of L below its diagonal is -p_i times one factor.
+        below = (p * contrasts).flip(1).cumsum(1).flip(1) - p * contrasts
+        return diagonal - (p / (q * before)).sqrt() * below
 
     def contrasts(self, predictions: Tensor) -> Tensor:
         """The differences of the logits from that of class 0, ``B x (C - 1)``.
