@@ -15,14 +15,15 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from lrvd_pyro._compat.pyro import mcmc_is_running, name_of, plain_child
-from lrvd_pyro.batches import batch_size
+from lrvd_pyro.batches import Batch, batch_size, without_labels
 from lrvd_pyro.inference import mcmc
 from lrvd_pyro.inference.kl import latent_sites, scaled_log_prob
 from lrvd_pyro.inference.param_store import UniqueModule, check_registered
 from lrvd_pyro.inference.per_example import drawn_per_example
 from lrvd_pyro.inference.threads import alone_in_pyro
 from lrvd_pyro.likelihoods.base import Likelihood, check_likelihood
-from lrvd_pyro.models.checks import FrozenAdapter
+from lrvd_pyro.models.checks import FrozenAdapter, check_labels
+from lrvd_pyro.models.rows import RowCheck
 from lrvd_pyro.rank_space.space import RankSpace
 
 __all__ = ["Factors", "RankModel", "SiteLabels", "evaluating"]
@@ -120,6 +121,7 @@ class RankModel(UniqueModule):
         self.num_data = num_data
         self.prior = None
         self._frozen_adapter = FrozenAdapter()
+        self._rows = RowCheck()
 
     @abstractmethod
     def draw(self) -> Tensor:
@@ -214,13 +216,13 @@ class RankModel(UniqueModule):
 
         Returns:
             The network's predictions, ``B x ...``.
+
+        Raises:
+            ValueError: If a draw per example would reach other examples.
         """
-        if labels is not None and not isinstance(labels, Tensor):
-            raise TypeError(
-                f"labels are a {type(labels).__name__}; expected a tensor with one "
-                f"entry per example: torch.as_tensor(labels)"
-            )
-        size = batch_size({"labels": labels, **inputs})
+        check_labels(labels)
+        batch = {"labels": labels, **inputs}
+        size = batch_size(batch)
         if mcmc_is_running():
             observed = 0 if labels is None else size
             mcmc.check(self.base_net, observed, self.num_data)
@@ -234,6 +236,8 @@ class RankModel(UniqueModule):
                 f"the adapter was drawn with shape {tuple(value.shape)}, several draws "
                 f"at once; use Predictive(parallel=False) or lrvd_pyro.predict"
             )
+        if value.dim() > 1 and (reason := self.mixed_rows(batch)):
+            raise ValueError(f'{reason}; draw per batch: RankELBO(noise="batch")')
         with self.bind(value):
             predictions = self.predictions(**inputs)
         self.likelihood(predictions, labels, self.num_data)
@@ -259,6 +263,11 @@ class RankModel(UniqueModule):
                 f"an output with logits: net(**batch, return_dict=True), or a head"
             )
         return logits
+
+    def mixed_rows(self, batch: Batch) -> str:
+        """Why a draw per example would reach other examples; empty if it would not."""
+        inputs, size = without_labels(batch), batch_size(batch)
+        return self._rows.reason(self.space, self.predictions, inputs, size)
 
     @property
     def base_net(self) -> PeftModel:

@@ -8,7 +8,16 @@ import torch
 from lrvd_pyro._compat.pyro import mcmc_is_running
 from lrvd_pyro.rank_space.space import RankSpace
 
-__all__ = ["FrozenAdapter", "check_num_data"]
+__all__ = ["FrozenAdapter", "check_labels", "check_num_data"]
+
+
+def check_labels(labels: object) -> None:
+    """Raise a TypeError unless labels are a tensor, or None."""
+    if labels is not None and not isinstance(labels, torch.Tensor):
+        raise TypeError(
+            f"labels are a {type(labels).__name__}; expected a tensor with one "
+            f"entry per example: torch.as_tensor(labels)"
+        )
 
 
 def check_num_data(num_data: int | None) -> int:

@@ -22,6 +22,7 @@ from lrvd_pyro.gauge.token_sums import OVERFLOW, Sums, tapped
 from lrvd_pyro.inference.threads import alone_in_pyro
 from lrvd_pyro.models import GateLoRA
 from lrvd_pyro.models.base import evaluating
+from lrvd_pyro.models.singles import separable
 from lrvd_pyro.predictive.draws import seeded
 
 __all__ = ["Gramians", "gramians", "seeded_by"]
@@ -149,16 +150,11 @@ def gramians(
     if gates not in get_args(_Gates):
         raise ValueError(f'gates={gates!r}; expected "ones" or "subsets"')
     check_several(batches, "gramians(model, [batch])")
-    if dora := model.space.dora:
-        raise ValueError(
-            f"the DoRA layer {dora[0]!r} takes one draw for the whole batch. No "
-            f"example has a gradient of its own there; use plain LoRA "
-            f"(LoraConfig(use_dora=False))"
-        )
     sums, count = Sums(model.space.ranks), 0
     fisher = torch.zeros(model.space.size, dtype=torch.float64)
     with evaluating(model), seeded_by(generator):
-        for batch in tqdm(batches, disable=not progress, desc="gramians"):
+        shown = tqdm(batches, disable=not progress, desc="gramians")
+        for batch in separable(model, shown):
             # The tokens of an example share its gate: they add up before the square.
             gradients = _gate_gradients(model, batch, labels, gates, sums)
             fisher += gradients.square().sum(0).cpu()
@@ -186,7 +182,7 @@ def _gate_gradients(
     observed = batch.get("labels") if labels == "observed" else None
     if labels == "observed" and observed is None:
         raise ValueError('a batch has no labels; expected labels, or labels="sampled"')
-    rows = gate_rows(model.space.ones(), inputs)
+    rows = gate_rows(model.space.ones(), batch)
     if gates == "subsets":
         # A uniform share makes all subset sizes equally likely, as Shapley weighs them.
         share = torch.rand_like(rows[:, :1])

@@ -246,5 +246,5 @@ class Mixer(nn.Module):
 def test_rows_that_see_each_other_are_refused() -> None:
     model = GateLoRA(lora(Mixer(), target_modules=["out"]), num_data=9)
     batch = {"x": torch.randn(4, 5)}
-    with pytest.raises(ValueError, match="gates of one example move the predictions"):
+    with pytest.raises(ValueError, match="draw of one example moves the predictions"):
         lrvd.predict(model, RankDiagonal(model), [batch], method="linearized")
