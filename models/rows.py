@@ -51,6 +51,9 @@ class RowCheck:
             predictions: From inputs to predictions, ``B x ...``.
             inputs: The network's keyword arguments.
             examples: The number of examples, B.
+
+        Raises:
+            RuntimeError: If the adapter is merged, disabled, inactive or deleted.
         """
         if space.dora:
             name = space.dora[0]
@@ -60,6 +63,7 @@ class RowCheck:
         setting = space.modules, space.net.training, frozenset(inputs)
         known = self._verdicts.setdefault(setting, _Verdict(set(space.modules)))
         if known.unseen and not known.reason and known.passes < _PASSES:
+            space.require_live()
             run = partial(predictions, **inputs)
             known.reason, seen = mixed_rows(space, run, examples)
             known.unseen -= seen

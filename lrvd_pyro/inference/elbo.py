@@ -91,8 +91,8 @@ class RankELBO(TraceMeanField_ELBO):
 
     Raises:
         ValueError: If an option is out of range, or the sites of guide and model do not
-            match. If ``noise="example"`` reaches other examples. If the loss or a gradient is not finite: from `SVI.step`, or from
-            `check`.
+            match. If ``noise="example"`` would mix examples. If the loss or a gradient
+            is not finite: from `SVI.step`, or from `check`.
         TypeError: If the batch holds no tensor.
     """
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import lrvd_pyro as lrvd
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import GateLoRA
+from lrvd_pyro.models.singles import resolution
 from lrvd_pyro.predictive.fan_out import FanOut, fanned_out, looped, trial
 
 close = torch.testing.assert_close

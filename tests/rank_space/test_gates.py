@@ -169,7 +169,8 @@ def test_the_elbo_draws_a_gate_for_each_label_of_a_multiple_choice() -> None:
     shapes = []
 
     def look(*_: Any) -> None:
-        shapes.append(model.space.binding.bank.parts["gate"][0].shape)
+        if bound := model.space.binding.bank.parts:
+            shapes.append(bound["gate"][0].shape)
 
     model.base_net.register_forward_pre_hook(look)
     RankELBO()(model, RankDiagonal(model))(**batch).backward()
