@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
+from lrvd_pyro._compat.torch import tree_map
 from lrvd_pyro.rank_space.row_check import mixed_rows
 from lrvd_pyro.rank_space.space import RankSpace
 
@@ -64,8 +64,15 @@ class RowCheck:
         known = self._verdicts.setdefault(setting, _Verdict(set(space.modules)))
         if known.unseen and not known.reason and known.passes < _PASSES:
             space.require_live()
-            run = partial(predictions, **inputs)
-            known.reason, seen = mixed_rows(space, run, examples)
+            known.reason, seen = mixed_rows(
+                space, lambda: predictions(**tree_map(_usable, inputs)), examples
+            )
             known.unseen -= seen
             known.passes += 1
         return known.reason
+
+
+def _usable(leaf: object) -> object:
+    """An input that autograd can keep: tensors of the inference mode are copied."""
+    copied = isinstance(leaf, Tensor) and leaf.is_inference()
+    return leaf.clone() if copied else leaf

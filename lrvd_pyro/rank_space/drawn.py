@@ -68,8 +68,8 @@ def _check_rows(examples: int, rows: int) -> None:
     if rows % examples:
         raise ValueError(
             f"the batch has {examples} examples, but a LoRA layer sees {rows} rows, "
-            f"which is not a multiple; draw once for the whole batch instead: "
-            f'RankELBO(noise="batch")'
+            f"which is not a multiple; one draw for the whole batch fits any rows: in "
+            f'training RankELBO(noise="batch")'
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lrvd_pyro._compat.torch import is_compiled
-from lrvd_pyro.rank_space.drawn import row_count, spread
+from lrvd_pyro.rank_space.drawn import row_count
 from lrvd_pyro.rank_space.space import RankSpace
 
 __all__ = ["mixed_rows"]
@@ -25,11 +25,10 @@ def mixed_rows(
 ) -> tuple[str, set[str]]:
     """Where one example's draw would reach another's predictions; empty if nowhere.
 
-    Each layer's output is given a derivative in B numbers, one per example, along the
-    rows that a draw would take. The derivative does not pass through A and B, so that
-    ``B = 0`` hides nothing, and the output stays what it was. The predictions of half
-    of the examples must not depend on the numbers of the other half. For each pair of
-    examples, some halving tells the two apart: ``2 log2 B`` backward passes in all.
+    The predictions of half of the examples must have no gradient in the rows of the
+    other half, at the output of each LoRA layer. A and B stand before it, so that
+    ``B = 0`` hides nothing. For each pair of examples, some halving tells the two
+    apart: ``2 log2 B`` backward passes in all, of activations alone.
 
     The random state and the buffers of the network are restored.
 
@@ -42,25 +41,65 @@ def mixed_rows(
         The reason, which names the first such layer. And the LoRA modules about which
         this batch says something: those that ran, if the predictions are finite.
     """
-    shape = len(space.modules), examples
-    shifts = torch.zeros(shape, device=space.device, requires_grad=True)
-    with torch.enable_grad(), _undisturbed(space), _probed(space, shifts) as probes:
+    with _undisturbed(space), _probed(space, examples) as probes:
         outputs = predict()
         reason = _misfit(probes, outputs, examples)
         if reason or not outputs.isfinite().all():
             return reason, set()
-        mixing = _leaks(outputs, shifts)
-    if mixing.any():
-        name = space.modules[int(mixing.nonzero()[0])]
+        mixing = _leaks(outputs, probes)
+    if mixing:
         reason = (
-            f"in the LoRA layer {name!r} the draw of one example moves the predictions "
-            f"for another: its rows are not those of the examples in order, or "
-            f"examples see each other, as in batch normalization while training"
+            f"in the LoRA layer {mixing[0]!r} the draw of one example moves the "
+            f"predictions for another: its rows are not those of the examples in "
+            f"order, or examples see each other, as in batch normalization while "
+            f"training"
         )
     return reason, {name for name, probe in probes.items() if probe.ran}
 
 
-def _misfit(probes: dict[str, "_Probe"], outputs: Tensor, examples: int) -> str:
+class _Probe:
+    """Forward hook on one ``lora_B``: sees the gradient in the rows of each example.
+
+    Args:
+        examples: The number of examples, B.
+        trailing: The axes behind the channels, those of a convolution's image.
+        device: The device of the results.
+
+    Attributes:
+        shift: A zero that is added to the output: gradients are taken in it.
+        sizes: The largest gradient in each example's rows, ``B``, of a backward pass.
+        misfit: A number of rows that is no multiple of the examples; None without one.
+        ran: Whether the layer ran, with gradients.
+    """
+
+    def __init__(self, examples: int, trailing: int, device: torch.device) -> None:
+        self.trailing = trailing
+        self.shift = torch.zeros((), device=device, requires_grad=True)
+        self.sizes = torch.zeros(examples, device=device)
+        self.misfit: int | None = None
+        self.ran = False
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
+    ) -> Tensor | None:
+        rows = row_count(output, self.trailing)
+        if rows % len(self.sizes):
+            self.misfit = rows
+            return None
+        output = output + self.shift.to(output)
+        if output.requires_grad:
+            output.register_hook(self._look)
+            self.ran = True
+        return output
+
+    def _look(self, gradient: Tensor) -> None:
+        # Rows that are all padding may have NaN where the loss ignores them.
+        by_example = gradient.reshape(len(self.sizes), -1).nan_to_num()
+        sizes = by_example.abs().amax(1).to(self.sizes)
+        self.sizes = torch.maximum(self.sizes, sizes)
+
+
+def _misfit(probes: dict[str, _Probe], outputs: Tensor, examples: int) -> str:
     """Why numbers of rows alone show that they are not those of the examples."""
     for name, probe in probes.items():
         if probe.misfit is not None:
@@ -74,71 +113,40 @@ def _misfit(probes: dict[str, "_Probe"], outputs: Tensor, examples: int) -> str:
     return ""
 
 
-def _leaks(outputs: Tensor, shifts: Tensor) -> Tensor:
-    """The layers in which some example's shift moves another's outputs, bool."""
-    leaks = torch.zeros(len(shifts), dtype=torch.bool, device=shifts.device)
+def _leaks(outputs: Tensor, probes: dict[str, _Probe]) -> list[str]:
+    """The layers in which some example's rows move another's outputs."""
     if not outputs.requires_grad:
-        return leaks
-    # A sum over the outputs of an example would be blind to what a last layer centers.
-    scores = (outputs * _waves(outputs)).flatten(1).sum(1)
-    numbers = torch.arange(len(scores), device=scores.device)
-    for bit in range((len(scores) - 1).bit_length()):
+        return []
+    shifts = [probe.shift for probe in probes.values()]
+    leaks = torch.zeros(len(shifts), dtype=torch.bool, device=shifts[0].device)
+    numbers = torch.arange(len(outputs), device=outputs.device)
+    # Weights in general position: a layer norm at the end would hide a plain sum.
+    weights = torch.arange(outputs.numel(), device=outputs.device).cos()
+    weights = weights.to(outputs).view(len(outputs), -1)
+    for bit in range((len(outputs) - 1).bit_length()):
         for half in (0, 1):
             inside = (numbers >> bit) % 2 == half
-            (gradient,) = torch.autograd.grad(
-                scores[inside].sum(), shifts, retain_graph=True, allow_unused=True
+            seed = (weights * inside[:, None]).view_as(outputs)
+            for probe in probes.values():
+                probe.sizes = torch.zeros_like(probe.sizes)
+            torch.autograd.grad(
+                outputs, shifts, seed, retain_graph=True, allow_unused=True
             )
-            if gradient is not None:
-                # A row that is all padding may give NaN where the loss ignores it.
-                size = gradient.nan_to_num().abs()
-                others = (size * ~inside.to(size.device)).amax(1)
-                leaks |= others > _LEAK * size.amax(1)
-    return leaks
-
-
-class _Probe:
-    """Forward hook on one ``lora_B``: adds 0, with a derivative in each example's rows.
-
-    Args:
-        shifts: Zeros, one for each example.
-        trailing: The axes behind the channels, those of a convolution's image.
-
-    Attributes:
-        misfit: A number of rows that is no multiple of the examples; None without one.
-        ran: Whether the layer ran, with gradients.
-    """
-
-    def __init__(self, shifts: Tensor, trailing: int) -> None:
-        self.shifts, self.trailing = shifts, trailing
-        self.misfit: int | None = None
-        self.ran = False
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
-    ) -> Tensor | None:
-        self.ran |= torch.is_grad_enabled()
-        rows = row_count(output, self.trailing)
-        if rows % len(self.shifts):
-            self.misfit = rows
-            return None
-        shifts = self.shifts[:, None].to(output)
-        return output + spread(shifts, output, self.trailing) * _waves(output)
-
-
-def _waves(tensor: Tensor) -> Tensor:
-    """Numbers of a tensor's shape, in general position: no layer sends them to 0."""
-    # A constant would vanish in a layer norm, and one vector per example in a softmax.
-    return torch.arange(tensor.numel(), device=tensor.device).cos().view_as(tensor)
+            sizes = torch.stack([probe.sizes for probe in probes.values()])
+            others = sizes * ~inside.to(sizes.device)
+            leaks |= others.amax(1) > _LEAK * sizes.amax(1)
+    return [name for name, leak in zip(probes, leaks.tolist()) if leak]
 
 
 @contextmanager
-def _probed(space: RankSpace, shifts: Tensor) -> Iterator[dict[str, _Probe]]:
+def _probed(space: RankSpace, examples: int) -> Iterator[dict[str, _Probe]]:
     """Put a probe on every layer within the block."""
     probes: dict[str, _Probe] = {}
     with ExitStack() as hooks:
-        for name, layer, each in zip(space.modules, space.layers, shifts):
+        for name, layer in zip(space.modules, space.layers, strict=True):
             lora_B: nn.Module = layer.lora_B[space.adapter]
-            probes[name] = _Probe(each, len(getattr(lora_B, "kernel_size", ())))
+            trailing = len(getattr(lora_B, "kernel_size", ()))
+            probes[name] = _Probe(examples, trailing, space.device)
             hooks.callback(lora_B.register_forward_hook(probes[name]).remove)
         # Compiled code would ignore the probes, or keep them.
         if is_compiled(space.net):
@@ -148,12 +156,13 @@ def _probed(space: RankSpace, shifts: Tensor) -> Iterator[dict[str, _Probe]]:
 
 @contextmanager
 def _undisturbed(space: RankSpace) -> Iterator[None]:
-    """Restore the random state, and buffers such as running means, after the block."""
-    on_gpu = space.device.type == "cuda"
+    """Take gradients; restore the random state, and buffers such as running means."""
+    gpus = [space.device] if space.device.type == "cuda" else []
     buffers = [(buffer, buffer.clone()) for buffer in space.net.buffers()]
-    try:
-        with torch.random.fork_rng([space.device] if on_gpu else []):
-            yield
-    finally:
-        for buffer, before in buffers:
-            buffer.copy_(before)
+    with torch.inference_mode(False), torch.random.fork_rng(gpus):
+        try:
+            with torch.enable_grad():
+                yield
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)

@@ -164,15 +164,19 @@ def test_handlers_around_a_model_hide_nothing() -> None:
         RankELBO().differentiable_loss(scaled, RankDiagonal(model), **texts())
 
 
-def test_the_torch_driver_and_an_evaluation_look_as_well() -> None:
-    for call in ("module", "evaluation"):
-        model = GateLoRA(mixed.pairs(), num_data=NUM_DATA)
-        guide, elbo = RankDiagonal(model), RankELBO()
-        with pytest.warns(UserWarning, match=INSTEAD):
-            if call == "module":
-                elbo(model, guide)(**texts()).backward()
-            else:
-                elbo.loss(model, guide, **texts())
+@pytest.mark.parametrize("call", ["module", "evaluation", "inference"])
+def test_the_torch_driver_and_evaluations_look_as_well(call: str) -> None:
+    model = switching()
+    model.base_net.train()
+    guide, elbo = RankDiagonal(model), RankELBO()
+    with pytest.warns(UserWarning, match=INSTEAD):
+        if call == "module":
+            elbo(model, guide)(**texts()).backward()
+        else:
+            with torch.inference_mode(call == "inference"):
+                batch = texts()
+                batch["input_ids"] = batch["input_ids"] * 1.0
+                elbo.loss(model, guide, **batch)
 
 
 class Switching(nn.Module):

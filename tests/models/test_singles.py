@@ -167,9 +167,7 @@ def test_examples_that_see_each_other_or_cannot_be_told_apart_are_refused() -> N
     ]
     for net, batch in cases:
         model = GateLoRA(lora(net, target_modules=["layer"]), num_data=NUM_DATA)
-        with pytest.raises(
-            ValueError, match="'layer'.*alone has other predictions"
-        ):
+        with pytest.raises(ValueError, match="'layer'.*alone has other predictions"):
             gramians(model, [batch], labels="observed")
         with pytest.raises(ValueError, match="'layer'.*batches of one"):
             gate_fisher(model, torch.ones(model.space.size), [batch])
