@@ -121,12 +121,12 @@ def _leaks(outputs: Tensor, probes: dict[str, _Probe]) -> list[str]:
     leaks = torch.zeros(len(shifts), dtype=torch.bool, device=shifts[0].device)
     numbers = torch.arange(len(outputs), device=outputs.device)
     # Weights in general position: a layer norm at the end would hide a plain sum.
-    weights = torch.arange(outputs.numel(), device=outputs.device).cos()
-    weights = weights.to(outputs).view(len(outputs), -1)
+    weights = torch.arange(outputs[0].numel(), device=outputs.device).cos()
+    weights = weights.to(outputs)
     for bit in range((len(outputs) - 1).bit_length()):
         for half in (0, 1):
             inside = (numbers >> bit) % 2 == half
-            seed = (weights * inside[:, None]).view_as(outputs)
+            seed = (inside[:, None] * weights).view_as(outputs)
             for probe in probes.values():
                 probe.sizes = torch.zeros_like(probe.sizes)
             torch.autograd.grad(
