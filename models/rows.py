@@ -74,5 +74,6 @@ class RowCheck:
 
 def _usable(leaf: object) -> object:
     """An input that autograd can keep: tensors of the inference mode are copied."""
-    copied = isinstance(leaf, Tensor) and leaf.is_inference()
-    return leaf.clone() if copied else leaf
+    if isinstance(leaf, Tensor) and leaf.is_inference():
+        return leaf.clone()
+    return leaf

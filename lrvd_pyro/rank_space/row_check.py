@@ -158,11 +158,13 @@ def _probed(space: RankSpace, examples: int) -> Iterator[dict[str, _Probe]]:
 def _undisturbed(space: RankSpace) -> Iterator[None]:
     """Take gradients; restore the random state, and buffers such as running means."""
     gpus = [space.device] if space.device.type == "cuda" else []
-    buffers = [(buffer, buffer.clone()) for buffer in space.net.buffers()]
+    # Tensors of the inference mode, and those that are elsewhere, cannot be written.
+    buffers = [b for b in space.net.buffers() if not (b.is_meta or b.is_inference())]
+    copies = [buffer.clone() for buffer in buffers]
     with torch.inference_mode(False), torch.random.fork_rng(gpus):
         try:
             with torch.enable_grad():
                 yield
         finally:
-            for buffer, before in buffers:
-                buffer.copy_(before)
+            for buffer, copy in zip(buffers, copies, strict=True):
+                buffer.copy_(copy)
