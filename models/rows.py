@@ -12,7 +12,6 @@ from lrvd_pyro.rank_space.space import RankSpace
 
 __all__ = ["RowCheck"]
 
-
 _PASSES = 32  # at a layerdrop of .5, one of 1e9 layers is dropped in all of them
 
 
@@ -53,7 +52,8 @@ class RowCheck:
             examples: The number of examples, B.
 
         Raises:
-            RuntimeError: If the adapter is merged, disabled, inactive or deleted.
+            RuntimeError: If the adapter is merged, disabled, inactive or deleted, or
+                activation checkpointing is reentrant.
         """
         if space.dora:
             name = space.dora[0]
@@ -63,10 +63,10 @@ class RowCheck:
         setting = space.modules, space.net.training, frozenset(inputs)
         known = self._verdicts.setdefault(setting, _Verdict(set(space.modules)))
         if known.unseen and not known.reason and known.passes < _PASSES:
-            space.require_live()
-            known.reason, seen = mixed_rows(
-                space, lambda: predictions(**tree_map(_usable, inputs)), examples
-            )
+            with space.binding.holding({}):  # refuses what no draw can enter
+                known.reason, seen = mixed_rows(
+                    space, lambda: predictions(**tree_map(_usable, inputs)), examples
+                )
             known.unseen -= seen
             known.passes += 1
         return known.reason

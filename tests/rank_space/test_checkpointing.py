@@ -188,6 +188,17 @@ def test_reentrant_checkpointing_is_refused(options: dict[str, Any]) -> None:
 
 
 @renamed_in_transformers
+def test_a_step_names_the_reentrant_checkpointing_that_gradients_cross() -> None:
+    net = nets.bert().train()
+    options = {"use_reentrant": True}
+    getattr(net.base_model.model, ENABLE)(gradient_checkpointing_kwargs=options)
+    net.base_model.model.enable_input_require_grads()
+    model = GateLoRA(net, num_data=60)
+    with pytest.raises(RuntimeError, match=r'reentrant .*"use_reentrant": False'):
+        RankELBO().differentiable_loss(model, RankDiagonal(model), **nets.tokens())
+
+
+@renamed_in_transformers
 def test_the_networks_checkpointing_function_is_restored() -> None:
     net = nets.bert().train()
     getattr(net.base_model.model, ENABLE)()
