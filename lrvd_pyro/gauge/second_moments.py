@@ -101,7 +101,8 @@ def gramians(
     ``G = mean h h^T`` over tokens, and ``M = (N/n) sum g g^T`` over tokens and the n
     examples of ``batches``. Tokens whose gradient is exactly 0, such as padding, count
     in neither. The cost is one forward and one backward pass per batch, and O(r^2)
-    memory per module.
+    memory per module. Where a layer mixes the rows of examples, they run one at a time
+    (`separable`).
 
     Example::
 
@@ -130,7 +131,7 @@ def gramians(
         TypeError: If the model is not a `GateLoRA`, or ``batches`` is one batch.
         ValueError: If there are no batches, or a choice is not one of those above. If
             the likelihood cannot sample, or labels are missing. If a gradient is not
-            finite, or the network takes no gate per example (DoRA).
+            finite, or as `separable` raises it.
         RuntimeError: If the adapter is merged, disabled, inactive or deleted.
 
     Wrong as a curvature where tokens depend on each other, or gradients on activations:
