@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from lrvd_pyro._compat.pyro import name_of, plain_child
-from lrvd_pyro.batches import batch_size
+from lrvd_pyro.batches import Batch, batch_size, without_labels
 from lrvd_pyro.inference.kl import latent_sites, scaled_log_prob
 from lrvd_pyro.inference.param_store import UniqueModule, check_registered
 from lrvd_pyro.inference.per_example import drawn_per_example
@@ -30,6 +30,7 @@ from lrvd_pyro.models.checks import (
     start_of,
 )
 from lrvd_pyro.models.factors import Factors, SiteLabels
+from lrvd_pyro.models.rows import RowCheck
 from lrvd_pyro.rank_space.cuts import named_cuts
 from lrvd_pyro.rank_space.removal import Cuts
 from lrvd_pyro.rank_space.rows import Side
@@ -118,6 +119,7 @@ class RankModel(UniqueModule):
         self.space = RankSpace(net, adapter, sides=sides)
         self.net = net
         self._frozen_adapter = FrozenAdapter()
+        self._rows = RowCheck()
 
     @property
     @abstractmethod
@@ -231,9 +233,13 @@ class RankModel(UniqueModule):
 
         Returns:
             The network's predictions, ``B x ...``.
+
+        Raises:
+            ValueError: If a draw per example would reach other examples.
         """
         check_labels(labels)
-        size = batch_size({"labels": labels, **inputs})
+        batch = {"labels": labels, **inputs}
+        size = batch_size(batch)
         check_mcmc(self.base_net, 0 if labels is None else size, self.num_data)
         if labels is not None:
             self._frozen_adapter.check(self.space)
@@ -245,6 +251,8 @@ class RankModel(UniqueModule):
                 f"the adapter was drawn with shape {tuple(value.shape)}, several draws "
                 f"at once; use Predictive(parallel=False) or lrvd_pyro.predict"
             )
+        if value.dim() > 1 and (reason := self.mixed_rows(batch)):
+            raise ValueError(f'{reason}; draw per batch: RankELBO(noise="batch")')
         with self.bind(value):
             predictions = self.predictions(**inputs)
         self.likelihood(predictions, labels, self.num_data)
@@ -270,6 +278,11 @@ class RankModel(UniqueModule):
                 f"an output with logits: net(**batch, return_dict=True), or a head"
             )
         return logits
+
+    def mixed_rows(self, batch: Batch) -> str:
+        """Why a draw per example would reach other examples; empty if it would not."""
+        inputs, size = without_labels(batch), batch_size(batch)
+        return self._rows.reason(self.space, self.predictions, inputs, size)
 
     @property
     def base_net(self) -> PeftModel:

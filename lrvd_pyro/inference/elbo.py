@@ -5,7 +5,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from numbers import Real
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -32,6 +32,7 @@ from lrvd_pyro.inference.gradients import (
     weakly,
 )
 from lrvd_pyro.inference.kl import divergence
+from lrvd_pyro.inference.noise import Noise, check_noise, mixed_rows
 from lrvd_pyro.inference.param_store import check_name_is_free
 from lrvd_pyro.inference.per_example import Multiplicities, PerExample
 from lrvd_pyro.inference.programs import Guide, Program
@@ -74,7 +75,10 @@ class RankELBO(TraceMeanField_ELBO):
         noise: "example" draws the latents once per example of the batch, "batch" once
             for the whole batch. Both are unbiased. Once per example, the gradient of
             log alpha has the lower variance where the noise is large; see
-            examples/results/README.md.
+            examples/results/README.md. Some networks mix the rows of examples: layers
+            with the sequence first, stacked pairs, shared position embeddings. There
+            "auto" draws per batch, and one warning names the layer. "example" refuses.
+            The first step of a setting looks (`RowCheck`).
         num_particles: The number of independent draws to average over.
 
     Attributes:
@@ -87,8 +91,8 @@ class RankELBO(TraceMeanField_ELBO):
 
     Raises:
         ValueError: If an option is out of range, or the sites of guide and model do not
-            match. If the loss or a gradient is not finite: from `SVI.step`, or from
-            `check`.
+            match. If ``noise="example"`` would mix examples. If the loss or a gradient
+            is not finite: from `SVI.step`, or from `check`.
         TypeError: If the batch holds no tensor.
     """
 
@@ -96,11 +100,10 @@ class RankELBO(TraceMeanField_ELBO):
         self,
         *,
         kl_weight: float | Callable[[int], float] = 1.0,
-        noise: Literal["example", "batch"] = "example",
+        noise: Noise = "auto",
         num_particles: int = 1,
     ) -> None:
-        if noise not in ("example", "batch"):
-            raise ValueError(f'noise={noise!r}; expected "example" or "batch"')
+        check_noise(noise)
         number = isinstance(kl_weight, Real) and 0 <= kl_weight < math.inf
         if not number and not callable(kl_weight):
             raise ValueError(
@@ -243,7 +246,7 @@ class RankELBO(TraceMeanField_ELBO):
         once: tuple[Any, Any] = ({}, {})
         size = 1
         self._set_up_guide(guide, args, kwargs)
-        if self.noise == "example":
+        if self._draws_per_example(model, kwargs):
             size = batch_size(kwargs)
             # Each program is wrapped by itself, and before replay. From outside, replay
             # would carry the guide's expanded sites into the model: a wrong loss.
@@ -260,6 +263,15 @@ class RankELBO(TraceMeanField_ELBO):
         )
         self._warn_of_estimates(estimated)
         return model_trace, guide_trace, kl
+
+    def _draws_per_example(self, model: Program, batch: Batch) -> bool:
+        # The model itself refuses noise="example" where rows are mixed.
+        reason = mixed_rows(model, batch) if self.noise == "auto" else ""
+        if reason and reason not in self._warned:
+            self._warned.add(reason)
+            remedy = 'draws once per batch instead, as noise="batch" does in silence'
+            warnings.warn(f"{reason}; RankELBO {remedy}", stacklevel=2)
+        return self.noise != "batch" and not reason
 
     def _set_up_guide(self, guide: Guide, args: _Args, kwargs: Batch) -> None:
         """Make an AutoGuide's parameters before latents are drawn per example.

@@ -96,8 +96,7 @@ def predict(
         ValueError: If there is no batch, or the guide has no parameters yet. If
             ``num_samples`` or ``max_batch`` is below 1, or ``method`` is neither of the
             two. If the draws lack a latent site or differ in number. Linearized also if
-            there is only one draw, or if an example's gates move other examples'
-            predictions.
+            there is only one draw, or if examples see each other.
 
     Wrong when the posterior is wide, if linearized: it ignores curvature, and any shift
     that the noise causes in the mean (see examples/results/README.md).

@@ -119,7 +119,7 @@ def test_check_names_the_term_in_the_torch_driver() -> None:
 
 
 def test_unknown_noise_is_refused() -> None:
-    with pytest.raises(ValueError, match="noise='token'; expected \"example\""):
+    with pytest.raises(ValueError, match='noise=\'token\'; expected "auto", "example"'):
         lrvd.RankELBO(noise="token")  # type: ignore[arg-type]
 
 
