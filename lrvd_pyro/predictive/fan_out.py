@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lrvd_pyro._compat.torch import is_compiled, tree_leaves, tree_map
+from lrvd_pyro.autocast import autocast_dtype
 from lrvd_pyro.batches import batch_size
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.predictive.prefix import Prefix
@@ -111,6 +112,8 @@ def trial(model: RankModel, values: Tensor, batch: _Inputs, copies: int) -> str 
     """
     if is_compiled(model.base_net):
         return "it is compiled"
+    if values.is_meta:
+        return None  # the device has no numbers to compare
     if model.binds == "gates":
         # The posterior's own draws may lie too close together to tell rows apart. So
         # one gate has every component on, and two turn off one half each.
@@ -161,8 +164,8 @@ def resolution(model: RankModel) -> float:
     device = model.space.device.type
     parameters = model.base_net.parameters()
     dtypes = {p.dtype for p in parameters if p.is_floating_point()}
-    if torch.is_autocast_enabled(device):
-        dtypes.add(torch.get_autocast_dtype(device))
+    if dtype := autocast_dtype(device):
+        dtypes.add(dtype)
     # Below "highest", torch may round float32 factors to TF32, of 10 mantissa bits.
     exact = torch.get_float32_matmul_precision() == "highest"
     return max(0.0 if exact else 2**-10, *(torch.finfo(d).eps for d in dtypes))

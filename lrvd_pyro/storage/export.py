@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lrvd_pyro._compat.peft import unloaded
 from lrvd_pyro._compat.transformers import attention_implementation
+from lrvd_pyro.autocast import autocast_dtype
 from lrvd_pyro.batches import Batch, without_labels
 from lrvd_pyro.inference.programs import Guide
 from lrvd_pyro.models.base import RankModel, evaluating
@@ -262,8 +263,8 @@ def _autocasts(net: nn.Module, device: str) -> Iterator[set[torch.dtype]]:
     seen: set[torch.dtype] = set()
 
     def look(*_: object) -> None:
-        if torch.is_autocast_enabled(device):
-            seen.add(torch.get_autocast_dtype(device))
+        if dtype := autocast_dtype(device):
+            seen.add(dtype)
 
     hooks = [module.register_forward_pre_hook(look) for module in net.modules()]
     try:
