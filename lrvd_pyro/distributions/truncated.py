@@ -112,8 +112,8 @@ class _ExpOnInterval(TorchDistribution):
 
 
 def _exp(x: float) -> float:
-    # By torch, whose exponential is infinite where Python's would raise.
-    return float(torch.tensor(x, dtype=torch.float64).exp())
+    # As a tensor of the parameters' precision has it, which a clamp to it needs.
+    return float(torch.tensor(x, device="cpu").exp())
 
 
 class TruncatedLogUniform(_ExpOnInterval):
