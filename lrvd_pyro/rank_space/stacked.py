@@ -56,6 +56,12 @@ def refuse_stacked(
         ValueError: If another LoRA adapter is active too, or merged, or weights are
             shared.
     """
+    _refuse_other_kinds(net)
+    _refuse_other_loras(net, adapter)
+    _refuse_shared(adapter, layers)
+
+
+def _refuse_other_kinds(net: nn.Module) -> None:
     configs: Any = net.peft_config
     for name, config in configs.items():
         if config.peft_type != PeftType.LORA:
@@ -63,23 +69,29 @@ def refuse_stacked(
                 f"adapter {name!r} is of type {config.peft_type.value}, and no file of "
                 f"LoRA holds it; {_BELOW}"
             )
-    tokens = {m.token_adapter for m in net.modules() if _trains_tokens(m)}
-    beside, merged = set[str](), set[str]()
+    # LoraConfig(trainable_token_indices=...) makes these: part of a LoRA adapter.
+    wrappers = (m for m in net.modules() if isinstance(m, TrainableTokensWrapper))
+    tokens = {wrapper.token_adapter for wrapper in wrappers}
     for name, module in net.named_modules():
-        if not isinstance(module, BaseTunerLayer) or module in tokens:
-            continue
-        if not isinstance(module, LoraLayer):
+        known = isinstance(module, LoraLayer) or module in tokens
+        if isinstance(module, BaseTunerLayer) and not known:
             kind = f"{type(module).__module__}.{type(module).__name__}"
             raise TypeError(
                 f"{name!r} is a {kind}, an adapter that is not LoRA, and no file of "
                 f"LoRA holds it; {_BELOW}"
             )
-        beside |= set(module.active_adapters) & module.r.keys()
-        merged |= {*module.merged_adapters} - {adapter}
+
+
+def _refuse_other_loras(net: nn.Module, adapter: str) -> None:
+    active, merged = set[str](), set[str]()
+    for module in net.modules():
+        if isinstance(module, LoraLayer):
+            active |= set(module.active_adapters) & module.r.keys()
+            merged |= set(module.merged_adapters) - {adapter}
     # While it is not active itself, it may be made so later, alone.
-    if adapter in beside and len(beside) > 1:
+    if adapter in active and len(active) > 1:
         raise ValueError(
-            f"adapters {sorted(beside)} are active at once, and the files of "
+            f"adapters {sorted(active)} are active at once, and the files of "
             f"{adapter!r} hold it alone; call net.set_adapter({adapter!r}), or merge "
             f"the others into the base before this one is added"
         )
@@ -89,12 +101,6 @@ def refuse_stacked(
             f"{adapter!r} do not hold them; call net.unmerge_adapter(), or add this "
             f"one to the base net.merge_and_unload(adapter_names={sorted(merged)})"
         )
-    _refuse_shared(adapter, layers)
-
-
-def _trains_tokens(module: nn.Module) -> bool:
-    # LoraConfig(trainable_token_indices=...) makes these: part of a LoRA adapter.
-    return isinstance(module, TrainableTokensWrapper)
 
 
 def _refuse_shared(adapter: str, layers: Mapping[str, LoraLayer]) -> None:
