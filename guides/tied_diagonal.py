@@ -120,5 +120,7 @@ class TiedDiagonal(RankGuide):
         """Log of the mean square of the weights of each rank component."""
         squares = torch.zeros(self.space.size, device=owner.device)
         elements = weights.detach().to(squares.dtype).square()
-        log: Tensor = (squares.index_add(0, owner, elements) / owner.bincount()).log()
+        # bincount would wait for the device, to learn the length of its result
+        count = squares.index_add(0, owner, torch.ones_like(elements))
+        log: Tensor = (squares.index_add(0, owner, elements) / count).log()
         return log

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lrvd_pyro._compat.torch import tree_map
+from lrvd_pyro.autocast import autocast_dtype
 from lrvd_pyro.batches import Batch, batch_size, without_labels
 from lrvd_pyro.models.base import RankModel
 
@@ -94,8 +95,8 @@ def resolution(model: RankModel) -> float:
     device = model.space.device.type
     parameters = model.base_net.parameters()
     dtypes = {p.dtype for p in parameters if p.is_floating_point()}
-    if torch.is_autocast_enabled(device):
-        dtypes.add(torch.get_autocast_dtype(device))
+    if dtype := autocast_dtype(device):
+        dtypes.add(dtype)
     # Below "highest", torch may round float32 factors to TF32, of 10 mantissa bits.
     exact = torch.get_float32_matmul_precision() == "highest"
     return max(0.0 if exact else 2**-10, *(torch.finfo(d).eps for d in dtypes))

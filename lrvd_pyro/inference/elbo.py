@@ -142,10 +142,12 @@ class RankELBO(TraceMeanField_ELBO):
     ) -> float:
         """Estimate the loss without gradients, in nats per data set."""
         with torch.no_grad():
-            loss = float(self.differentiable_loss(model, guide, *args, **kwargs))
+            loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.is_meta:
+            return math.nan
         if wrong := self._infinite_term():
             raise refusal(wrong, self.step, "", {})
-        return loss
+        return float(loss)
 
     @alone_in_pyro()
     def differentiable_loss(
@@ -154,7 +156,8 @@ class RankELBO(TraceMeanField_ELBO):
         """Estimate the loss with its graph, in nats per data set.
 
         The call never waits for the device once Pyro's validation, which reads the
-        labels, is off: ``pyro.enable_validation(False)``.
+        labels, is off: ``pyro.enable_validation(False)``. So it runs on torch's device
+        ``meta``, on which `SVI.step` returns NaN: it has no numbers to check.
         """
         particles = self._particles(model, guide, args, kwargs)
         return torch.stack([loss for loss, _, _ in particles]).sum()
@@ -176,6 +179,8 @@ class RankELBO(TraceMeanField_ELBO):
             value = torch.stack(losses).sum()
             gradients.finish(scale)
             read = gradients.parameters
+            if value.is_meta:
+                return math.nan
             square = largest_square(read.values()).to(value.device)
             # The only reading of a step.
             number, largest = torch.stack([value, square]).tolist()

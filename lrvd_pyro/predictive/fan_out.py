@@ -112,6 +112,8 @@ def trial(model: RankModel, values: Tensor, batch: _Inputs, copies: int) -> str 
     """
     if is_compiled(model.base_net):
         return "it is compiled"
+    if values.is_meta:
+        return None  # the device has no numbers to compare
     if model.binds == "gates":
         # The posterior's own draws may lie too close together to tell rows apart. So
         # one gate has every component on, and two turn off one half each.

@@ -53,9 +53,11 @@ class RankSpace:
         constants: LoRA modules by name that have no rank left, only a bias.
 
     Raises:
-        TypeError: If ``net`` has no LoRA layers, or a layer kind cannot be gated; or
-            if ``sides`` are given while gates act about a center.
-        ValueError: If the adapter is unknown, ambiguous or has no LoRA layer.
+        TypeError: If ``net`` has no LoRA layers, or adapters of PEFT upon others; if a
+            layer kind cannot be gated; or if ``sides`` are given while gates act about
+            a center.
+        ValueError: If the adapter is unknown, ambiguous, has no LoRA layer, or is not
+            the only active one; or if two of its modules share weights.
         RuntimeError: If ``net`` or a part of it is compiled already.
     """
 
