@@ -10,6 +10,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from lrvd_pyro.batches import Batch, batch_size, opened, without_labels
+from lrvd_pyro.inference.pairs import paired
 from lrvd_pyro.inference.programs import Guide
 from lrvd_pyro.inference.threads import alone_in_pyro
 from lrvd_pyro.likelihoods.base import precise
@@ -85,10 +86,11 @@ def to_arviz(
         ImportError: Without the ``arviz`` extra.
         TypeError: If ``batches`` is one batch, or a batch holds no tensor.
         ValueError: If there is no batch; if a batch has no labels; if ``num_samples``
-            is below 1; if the guide has no parameters yet; or if the draws lack a
-            latent site or differ in number.
+            is below 1; if the guide has no parameters yet or was built on another
+            model; or if the draws lack a latent site or differ in number.
     """
     container = _container()
+    guide = paired(model, guide)
     call = "to_arviz(model, guide, [batch], num_samples=200)"
     stream = opened(batches, num_samples, call)
     first = next(stream)

@@ -32,6 +32,7 @@ from lrvd_pyro.inference.gradients import (
     weakly,
 )
 from lrvd_pyro.inference.kl import divergence
+from lrvd_pyro.inference.pairs import paired
 from lrvd_pyro.inference.param_store import check_name_is_free
 from lrvd_pyro.inference.per_example import Multiplicities, PerExample
 from lrvd_pyro.inference.programs import Guide, Program
@@ -86,9 +87,9 @@ class RankELBO(TraceMeanField_ELBO):
             ``weight_prior`` is a log density, weighted as the KL is.
 
     Raises:
-        ValueError: If an option is out of range, or the sites of guide and model do not
-            match. If the loss or a gradient is not finite: from `SVI.step`, or from
-            `check`.
+        ValueError: If an option is out of range. If the guide was built on another
+            model, or the sites of the two do not match. If the loss or a gradient is
+            not finite: from `SVI.step`, or from `check`.
         TypeError: If the batch holds no tensor.
     """
 
@@ -242,7 +243,9 @@ class RankELBO(TraceMeanField_ELBO):
         """One draw: the traces of model and guide, and the divergence of each site."""
         once: tuple[Any, Any] = ({}, {})
         size = 1
+        its_guide = paired(model, guide)
         self._set_up_guide(guide, args, kwargs)
+        guide = its_guide
         if self.noise == "example":
             size = batch_size(kwargs)
             # Each program is wrapped by itself, and before replay. From outside, replay
@@ -269,7 +272,8 @@ class RankELBO(TraceMeanField_ELBO):
         """
         if guide not in self._set_up:
             check_name_is_free(guide)
-            with torch.random.fork_rng(), poutine.block():
+            # Without a graph, so that the trace that an AutoGuide keeps can be copied.
+            with torch.random.fork_rng(), poutine.block(), torch.no_grad():
                 guide(*args, **kwargs)
             self._set_up.add(guide)
 

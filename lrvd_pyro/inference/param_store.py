@@ -65,7 +65,6 @@ class UniqueModule(FreezableModule):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        start_as_root(self)
         give_own_name(self)
 
     def release(self) -> None:
@@ -89,7 +88,7 @@ def give_own_name(root: _Root) -> _Root:
     """Give a root module a name that no other object of this process has.
 
     Call it on Pyro's AutoGuides before their first call: an AutoGuide has the name of
-    its class, and so has every other guide of that class.
+    its class, and so has every other guide of that class. A copy of one has its name.
 
     Example::
 
@@ -101,6 +100,7 @@ def give_own_name(root: _Root) -> _Root:
     Returns:
         The same module.
     """
+    start_as_root(root)  # a copy has the mark that the original has run
     rename(root, _new_name(root))
     return root
 
@@ -136,7 +136,7 @@ def check_name_is_free(guide: Guide) -> None:
     if taken:
         raise RuntimeError(
             f"Pyro's store holds {sorted(taken)} of another guide, which this {name} "
-            f"would train instead of its own; call "
+            f"would read and train instead of its own; call "
             f"lrvd_pyro.inference.give_own_name(guide) before its first use, or "
             f"pyro.clear_param_store() before making both"
         )

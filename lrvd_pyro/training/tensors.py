@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lrvd_pyro._compat.torch import persistent_buffers
 from lrvd_pyro.guides.base import RankGuide
+from lrvd_pyro.inference.pairs import paired
 from lrvd_pyro.inference.param_store import waits_for_first_call
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.rank_space.center import center_at, center_of
@@ -48,7 +49,8 @@ def stored_tensors(model: RankModel, guide: object) -> dict[str, Tensor]:
 
     Raises:
         TypeError: If ``guide`` is a function.
-        ValueError: If ``guide`` is an AutoGuide that has no parameters yet.
+        ValueError: If ``guide`` was built on another model, or is an AutoGuide that has
+            no parameters yet.
     """
     if not isinstance(guide, nn.Module):
         raise TypeError(
@@ -60,6 +62,7 @@ def stored_tensors(model: RankModel, guide: object) -> dict[str, Tensor]:
             f"{type(guide).__name__} makes its parameters on its first call; call "
             f"guide(**batch) once before checkpoint and resume"
         )
+    paired(model, guide)
     tensors: dict[str, Tensor] = {}
     for root, module in (("model", model), ("guide", guide)):
         for name, parameter in module.named_parameters(root):
