@@ -3,7 +3,6 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any, ClassVar, NamedTuple, cast
 
 import pyro
@@ -23,6 +22,7 @@ from lrvd_pyro.inference.per_example import drawn_per_example
 from lrvd_pyro.inference.threads import alone_in_pyro
 from lrvd_pyro.likelihoods.base import Likelihood, check_likelihood
 from lrvd_pyro.models.checks import FrozenAdapter
+from lrvd_pyro.models.inputs import copied
 from lrvd_pyro.rank_space.space import RankSpace
 
 __all__ = ["Factors", "RankModel", "SiteLabels", "evaluating"]
@@ -243,13 +243,17 @@ class RankModel(UniqueModule):
         """The network's logits under the draw that is bound at present, ``B x ...``.
 
         Args:
-            inputs: The network's own keyword arguments.
+            inputs: The network's own keyword arguments. Each pass gets a copy of them,
+                so a key-value cache stays as it is.
 
         Raises:
-            TypeError: If the network returns neither a tensor nor something with
-                logits.
+            TypeError: If an argument cannot be copied, or the network returns neither a
+                tensor nor something with logits.
         """
-        again = partial(self.base_net, **inputs)
+
+        def again() -> object:
+            return self.base_net(**copied(inputs))
+
         output = again()
         self.space.check_fired(again)
         logits = getattr(output, "logits", output)

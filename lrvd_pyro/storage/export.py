@@ -20,6 +20,7 @@ from lrvd_pyro._compat.transformers import attention_implementation
 from lrvd_pyro.batches import Batch, without_labels
 from lrvd_pyro.inference.programs import Guide
 from lrvd_pyro.models.base import RankModel, evaluating
+from lrvd_pyro.models.inputs import copied
 from lrvd_pyro.predictive.predictive import posterior_mean
 from lrvd_pyro.rank_space.find import active_adapters, plain_net
 from lrvd_pyro.storage.atomic import AnyPath, written_whole
@@ -241,7 +242,7 @@ def _compare(
         # Accelerate's autocast stands in the forward of the network that it prepared,
         # which the export does not have.
         with torch.autocast(device, next(iter(seen), None), enabled=bool(seen)):
-            output = loaded(**inputs)
+            output = loaded(**copied(inputs))
     error = float((getattr(output, "logits", output) - expected).abs().max())
     largest = float(expected.abs().max())
     half = sorted(str(d) for d in seen | {p.dtype for p in net.parameters()} & _HALF)
