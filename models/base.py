@@ -205,16 +205,24 @@ class RankModel(UniqueModule):
         return torch.stack([scaled_log_prob(nodes[name]) for name in latents]).sum()
 
     @alone_in_pyro()
-    def forward(self, *, labels: Tensor | None = None, **inputs: object) -> Tensor:
+    def forward(
+        self, *args: object, labels: Tensor | None = None, **inputs: object
+    ) -> Tensor:
         """Draw the adapter, run the network, observe (or draw) the labels.
 
         Args:
+            args: Nothing: a batch goes in as keywords.
             labels: The labels of the batch, ``B`` or as the likelihood has them.
             inputs: The network's own keyword arguments.
 
         Returns:
             The network's predictions, ``B x ...``.
         """
+        if args:
+            raise TypeError(
+                f"got a {type(args[0]).__name__}; expected the batch as keywords, of a "
+                f"mapping: model(**batch), svi.step(**batch)"
+            )
         if labels is not None and not isinstance(labels, Tensor):
             raise TypeError(
                 f"labels are a {type(labels).__name__}; expected a tensor with one "

@@ -15,7 +15,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lrvd_pyro._numbers import check_count
-from lrvd_pyro.batches import Batch, batch_size, opened, without_labels
+from lrvd_pyro.batches import (
+    Batch,
+    batch_size,
+    check_alike,
+    opened,
+    without_labels,
+)
 from lrvd_pyro.inference.pairs import paired
 from lrvd_pyro.inference.programs import Guide
 from lrvd_pyro.models.base import RankModel, evaluating
@@ -91,14 +97,15 @@ def predict(
         `NormalPrediction`, for instance.
 
     Raises:
-        TypeError: If ``batches`` is one batch, or a batch holds no tensor. Linearized
-            also for `FactorLoRA` and DoRA layers, which take no gate per example, and
-            for a likelihood without contrasts.
-        ValueError: If there is no batch. If the guide has no parameters yet, or was
-            built on another model. If ``num_samples`` or ``max_batch`` is below 1, or
-            ``method`` is neither of the two. If the draws lack a latent site or differ
-            in number. Linearized also if there is only one draw, or if an example's
-            gates move other examples' predictions.
+        TypeError: If ``batches`` is one batch, or a batch is not a mapping or holds no
+            tensor. Linearized also for `FactorLoRA` and DoRA layers, which take no gate
+            per example, and for a likelihood without contrasts.
+        ValueError: If there is no batch, or a datum's prediction has another shape in
+            another batch, as of token labels at another length. If the guide has no
+            parameters yet, or was built on another model. If ``num_samples`` or
+            ``max_batch`` is below 1, or ``method`` is neither of the two. If the draws
+            lack a latent site or differ in number. Linearized also if there is only one
+            draw, or if an example's gates move other examples' predictions.
 
     Wrong when the posterior is wide, if linearized: it ignores curvature, and any shift
     that the noise causes in the mean (see examples/results/README.md).
@@ -130,7 +137,9 @@ def predict(
             for name, field in model.likelihood.summarize(outputs(batch)).items():
                 # S x n x ... outgrows memory where the other fields do not.
                 if name != "samples" or return_samples:
-                    fields.setdefault(name, []).append(field)
+                    parts = fields.setdefault(name, [])
+                    check_alike(name, (parts or [field])[0], field)
+                    parts.append(field)
     return model.likelihood.collect({k: torch.cat(v) for k, v in fields.items()})
 
 
