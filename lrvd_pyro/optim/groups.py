@@ -7,6 +7,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
 from lrvd_pyro._numbers import check_rate
+from lrvd_pyro.inference.pairs import paired
 from lrvd_pyro.inference.param_store import waits_for_first_call
 
 __all__ = ["GROUPS", "Optimizer", "group_of", "parameter_groups", "rates_of"]
@@ -73,10 +74,11 @@ def parameter_groups(
 
     Raises:
         TypeError: If ``guide`` is a function; its parameters are known to SVI alone.
-        ValueError: If ``guide`` is an AutoGuide that has no parameters yet, or a
-            learning rate is negative or not finite.
+        ValueError: If ``guide`` was built on another model, or is an AutoGuide that has
+            no parameters yet, or a learning rate is negative or not finite.
     """
     rates = rates_of(lr, head_lr, variational_lr)
+    paired(model, guide)
     if not isinstance(guide, nn.Module):
         raise TypeError(
             f"guide is a {type(guide).__name__} without parameters of its own; use it "

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import nets
 import pyro
 import pytest
 import torch
@@ -56,6 +57,10 @@ def note(model: Any, guide: Any) -> None:
     lrvd.checkpoint("run.safetensors", model=model, guide=guide, **run)
 
 
+def groups(model: Any, guide: Any) -> None:
+    lrvd.optim.parameter_groups(model, guide)
+
+
 def select(model: Any, guide: Any) -> None:
     keep = torch.ones(model.space.size, dtype=torch.bool)
     selection.select(model, guide, keep=keep)
@@ -65,7 +70,7 @@ WRITERS = [lrvd.prune, select]
 
 
 @pytest.mark.parametrize(
-    "call", [*READERS, export, step, torch_step, store, note, *WRITERS]
+    "call", [*READERS, export, step, torch_step, groups, store, note, *WRITERS]
 )
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_guide_of_another_model_is_refused(
@@ -140,6 +145,14 @@ def test_a_guide_that_draws_other_sites_is_refused(
     with pytest.raises(ValueError, match=r"draws have the latent sites .* and the mod"):
         call(automatic()[0], make())
     assert not [*tmp_path.iterdir()]
+
+
+def test_the_elbo_refuses_a_guide_whose_sites_have_another_size() -> None:
+    one = nets.lora(nets.Perceptron(), target_modules=["out"], r=8)
+    model, _ = automatic(Hierarchical(), one)
+    _, guide = automatic(Hierarchical())
+    with pytest.raises(ValueError, match=r"shape \(2,\) in the guide and \(1,\) in"):
+        step(model, guide)
 
 
 def test_posterior_samples_of_another_model_are_refused() -> None:

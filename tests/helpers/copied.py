@@ -79,9 +79,9 @@ def own() -> tuple[Any, Any]:
     return model, Own(model)
 
 
-def automatic(prior: Any = None) -> tuple[Any, Any]:
+def automatic(prior: Any = None, net: Any = None) -> tuple[Any, Any]:
     prior = prior or lrvd.priors.Normal()
-    model = GateLoRA(nets.perceptron(), num_data=6, prior=prior)
+    model = GateLoRA(net or nets.perceptron(), num_data=6, prior=prior)
     start = init_to_value(values=model.start())
     guide = give_own_name(AutoNormal(model, init_loc_fn=start))
     SVI(model, guide, lrvd.optim.AdamW(), lrvd.RankELBO()).step(**BATCH)
