@@ -114,7 +114,10 @@ def test_a_copy_from_before_a_removal_does_not_fit_after_it() -> None:
 
 @pytest.mark.parametrize("call", [*READERS, store])
 @pytest.mark.parametrize("wrapped", ["model", "guide"])
-def test_a_wrapper_around_either_is_refused_by_name(call: Any, wrapped: str) -> None:
+def test_a_wrapper_around_either_is_refused_by_name(
+    call: Any, wrapped: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
     pair = dict(zip(("model", "guide"), factors()))
     pair[wrapped] = AveragedModel(pair[wrapped])
     with pytest.raises(TypeError, match=rf"is an? AveragedModel.*{wrapped}\.module"):
