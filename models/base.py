@@ -3,33 +3,33 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any, cast
 
 import pyro
 import torch
 from peft import PeftModel
 from pyro import poutine
-from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from lrvd_pyro._compat.pyro import name_of, plain_child
 from lrvd_pyro.batches import Batch, batch_size, without_labels
 from lrvd_pyro.inference.kl import latent_sites, scaled_log_prob
-from lrvd_pyro.inference.param_store import UniqueModule, check_registered
+from lrvd_pyro.inference.param_store import UniqueModule, register_trainable
 from lrvd_pyro.inference.per_example import drawn_per_example
 from lrvd_pyro.inference.threads import alone_in_pyro
 from lrvd_pyro.likelihoods.base import Likelihood, check_likelihood
 from lrvd_pyro.likelihoods.categorical import Categorical
 from lrvd_pyro.models.checks import (
     FrozenAdapter,
-    check_labels,
+    check_call,
     check_mcmc,
     check_num_data,
+    logits_of,
     start_of,
 )
 from lrvd_pyro.models.factors import Factors, SiteLabels
+from lrvd_pyro.models.inputs import copied
 from lrvd_pyro.models.rows import RowCheck
 from lrvd_pyro.rank_space.cuts import named_cuts
 from lrvd_pyro.rank_space.removal import Cuts
@@ -224,10 +224,13 @@ class RankModel(UniqueModule):
         return torch.stack([scaled_log_prob(nodes[name]) for name in latents]).sum()
 
     @alone_in_pyro()
-    def forward(self, *, labels: Tensor | None = None, **inputs: object) -> Tensor:
+    def forward(
+        self, *args: object, labels: Tensor | None = None, **inputs: object
+    ) -> Tensor:
         """Draw the adapter, run the network, observe (or draw) the labels.
 
         Args:
+            args: Nothing: a batch goes in as keywords.
             labels: The labels of the batch, ``B`` or as the likelihood has them.
             inputs: The network's own keyword arguments.
 
@@ -237,7 +240,7 @@ class RankModel(UniqueModule):
         Raises:
             ValueError: If a draw per example would reach other examples.
         """
-        check_labels(labels)
+        check_call(args, labels)
         batch = {"labels": labels, **inputs}
         size = batch_size(batch)
         check_mcmc(self.base_net, 0 if labels is None else size, self.num_data)
@@ -262,22 +265,20 @@ class RankModel(UniqueModule):
         """The network's logits under the draw that is bound at present, ``B x ...``.
 
         Args:
-            inputs: The network's own keyword arguments.
+            inputs: The network's own keyword arguments. Each pass gets a copy of them,
+                so a key-value cache stays as it is.
 
         Raises:
-            TypeError: If the network returns neither a tensor nor something with
-                logits.
+            TypeError: If an argument cannot be copied, or the network returns neither a
+                tensor nor something with logits.
         """
-        again = partial(self.base_net, **inputs)
+
+        def again() -> object:
+            return self.base_net(**copied(inputs))
+
         output = again()
         self.space.check_fired(again)
-        logits = getattr(output, "logits", output)
-        if not isinstance(logits, Tensor):
-            raise TypeError(
-                f"the network returned a {type(output).__name__}; expected a tensor or "
-                f"an output with logits: net(**batch, return_dict=True), or a head"
-            )
-        return logits
+        return logits_of(output)
 
     def mixed_rows(self, batch: Batch) -> str:
         """Why a draw per example would reach other examples; empty if it would not."""
@@ -296,13 +297,8 @@ class RankModel(UniqueModule):
     def _register_parameters(self) -> None:
         """Show Pyro the trainable parameters, and only them."""
         # Pyro's local mode has no store: a torch optimizer reads the module instead.
-        if pyro.settings.get("module_local_params"):
-            return
-        for name, parameter in self.base_net.named_parameters():
-            if parameter.requires_grad:
-                path = param_with_module_name(f"{name_of(self)}.net", name)
-                pyro.param(path, parameter)
-                check_registered(path, parameter)
+        if not pyro.settings.get("module_local_params"):
+            register_trainable(f"{name_of(self)}.net", self.base_net)
 
 
 def evaluating(model: RankModel) -> AbstractContextManager[None]:

@@ -12,10 +12,11 @@ from lrvd_pyro.rank_space.space import RankSpace
 
 __all__ = [
     "FrozenAdapter",
+    "check_call",
     "check_gates",
-    "check_labels",
     "check_mcmc",
     "check_num_data",
+    "logits_of",
     "start_of",
 ]
 
@@ -61,8 +62,13 @@ def check_gates(model: object, needed_by: str, way_out: str) -> None:
         )
 
 
-def check_labels(labels: object) -> None:
-    """Raise a TypeError unless the labels are a tensor, or None."""
+def check_call(args: tuple[object, ...], labels: object) -> None:
+    """Raise a TypeError unless a batch came as keywords, its labels as a tensor."""
+    if args:
+        raise TypeError(
+            f"got a {type(args[0]).__name__}; expected the batch as keywords, of a "
+            f"mapping: model(**batch), svi.step(**batch)"
+        )
     if labels is not None and not isinstance(labels, Tensor):
         raise TypeError(
             f"labels are a {type(labels).__name__}; expected a tensor with one "
@@ -95,6 +101,21 @@ def check_mcmc(net: nn.Module, size: int, num_data: int) -> None:
             "MCMC runs a network whose dropout is on, so that its density is random; "
             "call net.eval() first"
         )
+
+
+def logits_of(output: object) -> Tensor:
+    """The logits of a network's output, or the output itself if it is a tensor.
+
+    Raises:
+        TypeError: If the output is neither a tensor nor something with logits.
+    """
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"the network returned a {type(output).__name__}; expected a tensor or "
+            f"an output with logits: net(**batch, return_dict=True), or a head"
+        )
+    return logits
 
 
 def start_of(site: str, prior: Any, number: float, device: torch.device) -> Tensor:

@@ -6,11 +6,18 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from lrvd_pyro.batches import Batch, batch_size, opened, without_labels
+from lrvd_pyro.batches import (
+    Batch,
+    batch_size,
+    check_alike,
+    opened,
+    without_labels,
+)
+from lrvd_pyro.inference.pairs import paired
 from lrvd_pyro.inference.programs import Guide
+from lrvd_pyro.inference.terms import log_prob_by_datum
 from lrvd_pyro.inference.threads import alone_in_pyro
 from lrvd_pyro.likelihoods.base import precise
 from lrvd_pyro.models.base import RankModel, evaluating
@@ -43,7 +50,8 @@ def to_arviz(
     - ``posterior_predictive``: ``labels``, drawn under each draw;
     - ``log_likelihood``: ``log p(y_i | x_i, z_s)`` of each datum under each draw, in
       nats, not scaled to the data set;
-    - ``observed_data``: the labels;
+    - ``observed_data``: the labels. Several labels of one datum, as of tokens, have the
+      further dimensions ``labels_dim_0`` and so on; their log likelihoods add up;
     - ``constant_data``: the guide's ``log_alpha``, if it has one.
 
     A vector with one entry per rank component has the dimension ``gate_id``, labeled as
@@ -83,12 +91,16 @@ def to_arviz(
 
     Raises:
         ImportError: Without the ``arviz`` extra.
-        TypeError: If ``batches`` is one batch, or a batch holds no tensor.
-        ValueError: If there is no batch; if a batch has no labels; if ``num_samples``
-            is below 1; if the guide has no parameters yet; or if the draws lack a
-            latent site or differ in number.
+        TypeError: If ``batches`` is one batch, or a batch is not a mapping or holds no
+            tensor.
+        ValueError: If there is no batch; if a batch has no labels, or labels of another
+            shape per datum than the first one; if the likelihood has no site
+            ``labels``, or one without a row per datum; if ``num_samples`` is below 1;
+            if the guide has no parameters yet or was built on another model; or if the
+            draws lack a latent site or differ in number.
     """
     container = _container()
+    guide = paired(model, guide)
     call = "to_arviz(model, guide, [batch], num_samples=200)"
     stream = opened(batches, num_samples, call)
     first = next(stream)
@@ -96,18 +108,23 @@ def to_arviz(
         inputs, _ = _parted(first)
         draws = posterior_draws(model, guide, inputs, num_samples, posterior_samples)
         values = [model.value_at(latents).detach() for latents in draws]
-        parts = [_on_batch(model, values, batch) for batch in chain([first], stream)]
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        for batch in chain([first], stream):
+            _, labels = _parted(batch)
+            check_alike("labels", parts[0][0] if parts else labels, labels)
+            parts.append(_on_batch(model, values, batch))
         names = model.latent_sites()
-    labels, drawn, log_likelihood = (torch.cat(part, -1) for part in zip(*parts))
+    labels = torch.cat([part[0] for part in parts])
+    drawn, log_likelihood = (torch.cat([p[i] for p in parts], 1) for i in (1, 2))
     latents = {name: torch.stack([z[name] for z in draws]) for name in names}
     if model.binds == "gates":
         latents["gate"] = torch.stack(values)
     sites = {name: _dimension(model, name, x) for name, x in latents.items()}
     groups: dict[str, _Variables] = {
         "posterior": {name: _drawn(x, sites[name]) for name, x in latents.items()},
-        "posterior_predictive": {"labels": _drawn(drawn, _DATUM)},
+        "posterior_predictive": {"labels": _drawn(drawn, *_data_dims(drawn[0]))},
         "log_likelihood": {"labels": _drawn(log_likelihood, _DATUM)},
-        "observed_data": {"labels": ((_DATUM,), _array(labels))},
+        "observed_data": {"labels": (_data_dims(labels), _array(labels))},
     }
     log_alpha = getattr(guide, "log_alpha", None)
     if log_alpha is not None:
@@ -147,7 +164,10 @@ def _parted(batch: Batch) -> tuple[dict[str, Any], Tensor]:
 def _on_batch(
     model: RankModel, values: list[Tensor], batch: Batch
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels, ``B``; drawn labels and log likelihood, ``S x B``; all on the CPU."""
+    """Labels, ``B x ...``; drawn ones, ``S x B x ...``; log likelihoods, ``S x B``.
+
+    All are on the CPU.
+    """
     inputs, labels = _parted(batch)
     draws = [_under_one_draw(model, value, inputs, labels) for value in values]
     drawn, log_likelihood = (torch.stack(each) for each in zip(*draws))
@@ -157,16 +177,20 @@ def _on_batch(
 def _under_one_draw(
     model: RankModel, value: Tensor, inputs: dict[str, Any], labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Drawn labels and log likelihood under one draw, ``B`` each."""
+    """Drawn labels, ``B x ...``, and log likelihood, ``B``, under one draw."""
     with model.bind(value):
         predictions = model.predictions(**inputs)
     # A likelihood is a program, so the distribution of the labels is read from its
     # site. With the batch's size for N, a batch may be larger than the training set.
     with alone_in_pyro(), poutine.block(), poutine.trace() as run:
         model.likelihood(predictions, labels, len(labels))
-    site: Any = run.trace.nodes["labels"]
-    # By the mask, and not by the plate's scale: the density is per datum.
-    log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
+    site: Any = run.trace.nodes.get("labels")
+    if site is None:
+        raise ValueError(
+            f"{type(model.likelihood).__name__} observes no site 'labels'; name it so: "
+            f"pyro.sample('labels', ..., obs=labels)"
+        )
+    log_prob = log_prob_by_datum(site, len(labels))
     return site["fn"].sample().cpu(), log_prob.cpu()
 
 
@@ -213,9 +237,14 @@ def _gate_labels(space: RankSpace) -> list[str]:
     return [f"{short[m]}[{i}]" for m, i in zip(places["module"], places["rank"])]
 
 
-def _drawn(values: Tensor, dimension: str) -> tuple[tuple[str, ...], Any]:
+def _drawn(values: Tensor, *dimensions: str) -> tuple[tuple[str, ...], Any]:
     """``S x ...`` draws as a variable in one chain."""
-    return (*_SAMPLE, dimension), _array(values)[None]
+    return (*_SAMPLE, *dimensions), _array(values)[None]
+
+
+def _data_dims(labels: Tensor) -> tuple[str, ...]:
+    """The dimensions of labels, ``n x ...``, under the names that ArviZ gives."""
+    return _DATUM, *(f"labels_dim_{i}" for i in range(labels.dim() - 1))
 
 
 def _dataset(variables: _Variables, coords: _Coords) -> Any:

@@ -17,6 +17,7 @@ from lrvd_pyro.diagnostics.bootstrap import (
 from lrvd_pyro.diagnostics.scores import (
     BINS,
     calibration_bins,
+    check_flat,
     per_datum,
     risk_coverage,
     scores,
@@ -120,8 +121,8 @@ def calibration_report(
 
     Raises:
         TypeError: If a prediction is not a classifier's, or labels are not integers.
-        ValueError: If there is not one label in ``0 .. C - 1`` per datum, if a
-            prediction has no data, or if ``num_bootstrap`` is below 1.
+        ValueError: If there is not one prediction, or not one label in ``0 .. C - 1``,
+            per datum; if a prediction has no data; or if ``num_bootstrap`` is below 1.
         ImportError: Without the ``metrics`` extra.
 
     Source: torchmetrics (ECE) and scikit-learn (AUROC) for the values; AURC, Geifman
@@ -242,6 +243,7 @@ def _check(prediction: object, num_bootstrap: int) -> None:
             f"the prediction is a {type(prediction).__name__}; expected a "
             f"CategoricalPrediction: predict(model, guide, batches) of a classifier"
         )
+    check_flat(prediction.probs)
     if len(prediction.probs) < 1 or num_bootstrap < 1:
         raise ValueError(
             f"got a prediction for {len(prediction.probs)} data and "

@@ -19,6 +19,7 @@ from lrvd_pyro.batches import (
     without_labels,
 )
 from lrvd_pyro.gauge.token_sums import OVERFLOW, Sums, tapped
+from lrvd_pyro.inference.terms import log_prob_by_datum
 from lrvd_pyro.inference.threads import alone_in_pyro
 from lrvd_pyro.models.base import RankModel, evaluating
 from lrvd_pyro.models.checks import check_gates
@@ -202,7 +203,7 @@ def _log_likelihood(
             program = poutine.trace(model.likelihood)
             run = program.get_trace(predictions, labels, model.num_data)
         site: Any = run.nodes["labels"]
-        log_prob: Tensor = site["fn"].log_prob(site["value"].detach()).sum()
+        log_prob = log_prob_by_datum(site, len(predictions)).sum()
     except (NotImplementedError, KeyError) as error:
         raise ValueError(
             f"{type(model.likelihood).__name__} draws no site 'labels' ({error!r}); "

@@ -32,7 +32,8 @@ from lrvd_pyro.inference.gradients import (
     weakly,
 )
 from lrvd_pyro.inference.kl import divergence
-from lrvd_pyro.inference.noise import Noise, check_noise, mixed_rows
+from lrvd_pyro.inference.noise import Noise, check_noise, draws_per_example
+from lrvd_pyro.inference.pairs import paired
 from lrvd_pyro.inference.param_store import check_name_is_free
 from lrvd_pyro.inference.per_example import Multiplicities, PerExample
 from lrvd_pyro.inference.programs import Guide, Program
@@ -90,9 +91,10 @@ class RankELBO(TraceMeanField_ELBO):
             ``weight_prior`` is a log density, weighted as the KL is.
 
     Raises:
-        ValueError: If an option is out of range, or the sites of guide and model do not
-            match. If ``noise="example"`` would mix examples. If the loss or a gradient
-            is not finite: from `SVI.step`, or from `check`.
+        ValueError: If an option is out of range. If the guide was built on another
+            model, or the sites of the two do not match. If ``noise="example"`` would
+            mix examples. If the loss or a gradient is not finite: from `SVI.step`, or
+            from `check`.
         TypeError: If the batch holds no tensor.
     """
 
@@ -250,8 +252,10 @@ class RankELBO(TraceMeanField_ELBO):
         """One draw: the traces of model and guide, and the divergence of each site."""
         once: tuple[Any, Any] = ({}, {})
         size = 1
+        its_guide = paired(model, guide)
         self._set_up_guide(guide, args, kwargs)
-        if self._draws_per_example(model, kwargs):
+        guide = its_guide
+        if draws_per_example(self.noise, model, kwargs, self._warned):
             size = batch_size(kwargs)
             # Each program is wrapped by itself, and before replay. From outside, replay
             # would carry the guide's expanded sites into the model: a wrong loss.
@@ -269,15 +273,6 @@ class RankELBO(TraceMeanField_ELBO):
         self._warn_of_estimates(estimated)
         return model_trace, guide_trace, kl
 
-    def _draws_per_example(self, model: Program, batch: Batch) -> bool:
-        # The model itself refuses noise="example" where rows are mixed.
-        reason = mixed_rows(model, batch) if self.noise == "auto" else ""
-        if reason and reason not in self._warned:
-            self._warned.add(reason)
-            remedy = 'draws once per batch instead, as noise="batch" does in silence'
-            warnings.warn(f"{reason}; RankELBO {remedy}", stacklevel=2)
-        return self.noise != "batch" and not reason
-
     def _set_up_guide(self, guide: Guide, args: _Args, kwargs: Batch) -> None:
         """Make an AutoGuide's parameters before latents are drawn per example.
 
@@ -286,7 +281,8 @@ class RankELBO(TraceMeanField_ELBO):
         """
         if guide not in self._set_up:
             check_name_is_free(guide)
-            with torch.random.fork_rng(), poutine.block():
+            # Without a graph, so that the trace that an AutoGuide keeps can be copied.
+            with torch.random.fork_rng(), poutine.block(), torch.no_grad():
                 guide(*args, **kwargs)
             self._set_up.add(guide)
 

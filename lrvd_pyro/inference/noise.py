@@ -1,12 +1,13 @@
 """How often latents are drawn: per example of a batch, or per batch."""
 
 import inspect
+import warnings
 from typing import Literal, get_args
 
 from lrvd_pyro.batches import Batch
 from lrvd_pyro.inference.programs import Program
 
-__all__ = ["Noise", "check_noise", "mixed_rows"]
+__all__ = ["Noise", "check_noise", "draws_per_example"]
 
 Noise = Literal["auto", "example", "batch"]
 
@@ -17,12 +18,22 @@ def check_noise(noise: str) -> None:
         raise ValueError(f'noise={noise!r}; expected "auto", "example" or "batch"')
 
 
-def mixed_rows(program: Program, batch: Batch) -> str:
-    """Why a program takes no draw per example; empty if it does, or does not say.
+def draws_per_example(
+    noise: Noise, program: Program, batch: Batch, warned: set[str]
+) -> bool:
+    """Whether latents are drawn for each example of this batch.
 
     Args:
+        noise: The user's choice. Under "auto" the program says whether it takes a draw
+            per example; under "example" the program itself refuses what it cannot take.
         program: A model; Pyro's handlers may stand around it.
         batch: The batch that it is called with.
+        warned: Reasons that the user knows; a new one is added, with a warning.
     """
     look = getattr(inspect.unwrap(program), "mixed_rows", None)
-    return str(look(batch)) if look else ""
+    reason = str(look(batch)) if look and noise == "auto" else ""
+    if reason and reason not in warned:
+        warned.add(reason)
+        remedy = 'draws once per batch instead, as noise="batch" does in silence'
+        warnings.warn(f"{reason}; RankELBO {remedy}", stacklevel=2)
+    return noise != "batch" and not reason

@@ -16,6 +16,7 @@ from torch import Tensor
 from lrvd_pyro._compat.torch import is_compiled, tree_leaves
 from lrvd_pyro.batches import batch_size
 from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.models.inputs import Uncopyable
 from lrvd_pyro.models.singles import by_row, resolution, with_rows
 from lrvd_pyro.predictive.prefix import Prefix
 from lrvd_pyro.rank_space.find import plain_net
@@ -88,8 +89,9 @@ class FanOut:
         reason = trial(self.model, self.values[[0, 1, -1]], batch, copies)
         if reason is None:
             return ""
-        if reason:
-            self.model.space.check_fired()  # else its error would be the reason below
+        # A pass that ended has been judged. Its error would be the reason below.
+        if reason and self.model.space.binding.passes:
+            self.model.space.check_fired()
         if reason and reason not in known.values():
             net = type(plain_net(self.model.base_net)).__name__
             warnings.warn(
@@ -124,8 +126,9 @@ def trial(model: RankModel, values: Tensor, batch: _Inputs, copies: int) -> str 
         expected, equal = looped(model, values, few), values[[1, 1, 1]]
         error = _largest(fanned_out(model, values, few, copies) - expected)
         rounding = _largest(fanned_out(model, equal, few, copies) - expected[1])
-    except torch.OutOfMemoryError:
-        # The next batch may find enough memory: no verdict must be remembered.
+    except (torch.OutOfMemoryError, Uncopyable):
+        # The next batch may find enough memory: no verdict must be remembered. And what
+        # cannot be copied stops plain passes too.
         raise
     except Exception as failure:
         # Any network may fail in any way on rows that it does not expect. One plain

@@ -21,6 +21,7 @@ from lrvd_pyro.autocast import autocast_dtype
 from lrvd_pyro.batches import Batch, without_labels
 from lrvd_pyro.inference.programs import Guide
 from lrvd_pyro.models.base import RankModel, evaluating
+from lrvd_pyro.models.inputs import copied
 from lrvd_pyro.predictive.predictive import posterior_mean
 from lrvd_pyro.rank_space.find import plain_net
 from lrvd_pyro.storage.atomic import AnyPath, written_whole
@@ -213,7 +214,7 @@ def _compare(
         # Accelerate's autocast stands in the forward of the network that it prepared,
         # which the export does not have.
         with torch.autocast(device, next(iter(seen), None), enabled=bool(seen)):
-            output = loaded(**inputs)
+            output = loaded(**copied(inputs))
     error = float((getattr(output, "logits", output) - expected).abs().max())
     largest = float(expected.abs().max())
     half = sorted(str(d) for d in seen | {p.dtype for p in net.parameters()} & _HALF)
