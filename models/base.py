@@ -16,7 +16,6 @@ from lrvd_pyro._compat.pyro import name_of, plain_child
 from lrvd_pyro.batches import Batch, batch_size, without_labels
 from lrvd_pyro.inference.kl import latent_sites, scaled_log_prob
 from lrvd_pyro.inference.param_store import UniqueModule, register_trainable
-from lrvd_pyro.inference.per_example import drawn_per_example
 from lrvd_pyro.inference.threads import alone_in_pyro
 from lrvd_pyro.likelihoods.base import Likelihood, check_likelihood
 from lrvd_pyro.likelihoods.categorical import Categorical
@@ -25,6 +24,7 @@ from lrvd_pyro.models.checks import (
     check_call,
     check_mcmc,
     check_num_data,
+    check_rows_drawn,
     logits_of,
     start_of,
 )
@@ -248,14 +248,8 @@ class RankModel(UniqueModule):
             self._frozen_adapter.check(self.space)
         self._register_parameters()
         value = self.draw()
-        # Rows of several draws would be taken for rows of examples.
-        if value.dim() > 1 and not drawn_per_example():
-            raise ValueError(
-                f"the adapter was drawn with shape {tuple(value.shape)}, several draws "
-                f"at once; use Predictive(parallel=False) or lrvd_pyro.predict"
-            )
-        if value.dim() > 1 and (reason := self.mixed_rows(batch)):
-            raise ValueError(f'{reason}; draw per batch: RankELBO(noise="batch")')
+        if value.dim() > 1:
+            check_rows_drawn(value, self.mixed_rows(batch))
         with self.bind(value):
             predictions = self.predictions(**inputs)
         self.likelihood(predictions, labels, self.num_data)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lrvd_pyro._compat.pyro import mcmc_is_running
+from lrvd_pyro.inference.per_example import drawn_per_example
 from lrvd_pyro.rank_space.space import RankSpace
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "check_gates",
     "check_mcmc",
     "check_num_data",
+    "check_rows_drawn",
     "logits_of",
     "start_of",
 ]
@@ -103,6 +105,23 @@ def check_mcmc(net: nn.Module, size: int, num_data: int) -> None:
         )
 
 
+def check_rows_drawn(value: Tensor, mixed: str) -> None:
+    """Raise a ValueError unless the rows of a draw are those of examples.
+
+    Args:
+        value: What was drawn, ``B x ...``.
+        mixed: Why the network takes no draw per example; empty if it takes one.
+    """
+    # Rows of several draws would be taken for rows of examples.
+    if not drawn_per_example():
+        raise ValueError(
+            f"the adapter was drawn with shape {tuple(value.shape)}, several draws at "
+            f"once; use Predictive(parallel=False) or lrvd_pyro.predict"
+        )
+    if mixed:
+        raise ValueError(f'{mixed}; draw per batch: RankELBO(noise="batch")')
+
+
 def logits_of(output: object) -> Tensor:
     """The logits of a network's output, or the output itself if it is a tensor.
 
@@ -136,7 +155,9 @@ def start_of(site: str, prior: Any, number: float, device: torch.device) -> Tens
     value = torch.full(prior.event_shape, number, device=device)
     support, step = prior.support, 1e-3 * min(1.0, abs(number) or 1.0)
     around = (value - step, value + step)
-    if support.is_discrete or all(support.check(each).all() for each in around):
+    # The meta device has no numbers to compare.
+    known = support.is_discrete or value.is_meta
+    if known or all(support.check(each).all() for each in around):
         return value
     within = prior.sample().flatten()[0]
     raise ValueError(
