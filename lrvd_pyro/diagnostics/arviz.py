@@ -34,6 +34,7 @@ def to_arviz(
     *,
     seed: int = 0,
     posterior_samples: Mapping[str, Tensor] | None = None,
+    test_batches: Iterable[Batch] | None = None,
 ) -> Any:
     """Give draws of the posterior, and what they say of labeled data, to ArviZ.
 
@@ -44,6 +45,8 @@ def to_arviz(
     - ``log_likelihood``: ``log p(y_i | x_i, z_s)`` of each datum under each draw, in
       nats, not scaled to the data set;
     - ``observed_data``: the labels;
+    - ``test_posterior_predictive``, ``test_log_likelihood`` and ``test_observed_data``:
+      the same three of ``test_batches``, under the same draws;
     - ``constant_data``: the guide's ``log_alpha``, if it has one.
 
     A vector with one entry per rank component has the dimension ``gate_id``, labeled as
@@ -57,15 +60,19 @@ def to_arviz(
     Chains of MCMC are laid end to end: take r-hat and ESS from ``mcmc.diagnostics()``,
     and give ``az.loo`` the ESS per draw as ``reff``.
 
+    Leave-one-out is about the data of the posterior: ``batches`` are the training set,
+    and ``az.loo`` reads ``log_likelihood`` alone. Other data go into ``test_batches``.
+
     Wrong as an estimate of prediction where A, B or the head were trained on the same
     data: leave-one-out removes a datum from the posterior, but not from the point
     parameters. It also takes the guide for the posterior.
 
     Memory is ``num_samples`` numbers per datum, twice, and the logits of one batch.
+    Pareto k above ``1 - 1 / log10(num_samples)`` in ``az.loo`` asks for more draws.
 
     Example::
 
-        data = to_arviz(model, guide, train_batches)
+        data = to_arviz(model, guide, train_batches, test_batches=test_batches)
         az.loo(data, reff=1)
         az.plot_forest(data.posterior.where(data.posterior.layer == 3, drop=True))
 
@@ -77,6 +84,7 @@ def to_arviz(
         seed: The seed; draws are those of `lrvd_pyro.predict` at the same seed.
         posterior_samples: Draws to use instead of the guide's, from
             `pyro.infer.Predictive` or MCMC: ``S x size`` by site. S is then theirs.
+        test_batches: Labeled batches that the posterior has not seen.
 
     Returns:
         An ``arviz.InferenceData``; from ArviZ 1 on, an ``xarray.DataTree``.
@@ -96,18 +104,18 @@ def to_arviz(
         inputs, _ = _parted(first)
         draws = posterior_draws(model, guide, inputs, num_samples, posterior_samples)
         values = [model.value_at(latents).detach() for latents in draws]
-        parts = [_on_batch(model, values, batch) for batch in chain([first], stream)]
+        about = _about_data(model, values, chain([first], stream))
+        if test_batches is not None:
+            unseen = _about_data(model, values, opened(test_batches, num_samples, call))
+            about |= {f"test_{name}": group for name, group in unseen.items()}
         names = model.latent_sites()
-    labels, drawn, log_likelihood = (torch.cat(part, -1) for part in zip(*parts))
     latents = {name: torch.stack([z[name] for z in draws]) for name in names}
     if model.binds == "gates":
         latents["gate"] = torch.stack(values)
     sites = {name: _dimension(model, name, x) for name, x in latents.items()}
     groups: dict[str, _Variables] = {
         "posterior": {name: _drawn(x, sites[name]) for name, x in latents.items()},
-        "posterior_predictive": {"labels": _drawn(drawn, _DATUM)},
-        "log_likelihood": {"labels": _drawn(log_likelihood, _DATUM)},
-        "observed_data": {"labels": ((_DATUM,), _array(labels))},
+        **about,
     }
     log_alpha = getattr(guide, "log_alpha", None)
     if log_alpha is not None:
@@ -142,6 +150,19 @@ def _parted(batch: Batch) -> tuple[dict[str, Any], Tensor]:
             f"them; give labeled batches, or use lrvd_pyro.predict"
         )
     return without_labels(batch), labels
+
+
+def _about_data(
+    model: RankModel, values: list[Tensor], batches: Iterable[Batch]
+) -> dict[str, _Variables]:
+    """The groups that say something of each datum."""
+    parts = [_on_batch(model, values, batch) for batch in batches]
+    labels, drawn, log_likelihood = (torch.cat(part, -1) for part in zip(*parts))
+    return {
+        "posterior_predictive": {"labels": _drawn(drawn, _DATUM)},
+        "log_likelihood": {"labels": _drawn(log_likelihood, _DATUM)},
+        "observed_data": {"labels": ((_DATUM,), _array(labels))},
+    }
 
 
 def _on_batch(
