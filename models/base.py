@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from lrvd_pyro._compat.pyro import mcmc_is_running, name_of, plain_child
-from lrvd_pyro.batches import batch_size
+from lrvd_pyro.batches import Batch, batch_size
 from lrvd_pyro.inference import mcmc
+from lrvd_pyro.inference.input_errors import plain_errors
 from lrvd_pyro.inference.kl import latent_sites, scaled_log_prob
 from lrvd_pyro.inference.param_store import UniqueModule, check_registered
 from lrvd_pyro.inference.per_example import drawn_per_example
@@ -215,29 +216,36 @@ class RankModel(UniqueModule):
         Returns:
             The network's predictions, ``B x ...``.
         """
+        with plain_errors():
+            self._check_batch({"labels": labels, **inputs})
+        self._register_parameters()
+        value = self.draw()
+        with plain_errors():
+            # Rows of several draws would be taken for rows of examples.
+            if value.dim() > 1 and not drawn_per_example():
+                raise ValueError(
+                    f"the adapter was drawn with shape {tuple(value.shape)}, several "
+                    f"draws at once; use Predictive(parallel=False) or "
+                    f"lrvd_pyro.predict"
+                )
+            with self.bind(value):
+                predictions = self.predictions(**inputs)
+            self.likelihood(predictions, labels, self.num_data)
+        return predictions
+
+    def _check_batch(self, batch: Batch) -> None:
+        labels = batch["labels"]
         if labels is not None and not isinstance(labels, Tensor):
             raise TypeError(
                 f"labels are a {type(labels).__name__}; expected a tensor with one "
                 f"entry per example: torch.as_tensor(labels)"
             )
-        size = batch_size({"labels": labels, **inputs})
+        size = batch_size(batch)
         if mcmc_is_running():
             observed = 0 if labels is None else size
             mcmc.check(self.base_net, observed, self.num_data)
         if labels is not None:
             self._frozen_adapter.check(self.space)
-        self._register_parameters()
-        value = self.draw()
-        # Rows of several draws would be taken for rows of examples.
-        if value.dim() > 1 and not drawn_per_example():
-            raise ValueError(
-                f"the adapter was drawn with shape {tuple(value.shape)}, several draws "
-                f"at once; use Predictive(parallel=False) or lrvd_pyro.predict"
-            )
-        with self.bind(value):
-            predictions = self.predictions(**inputs)
-        self.likelihood(predictions, labels, self.num_data)
-        return predictions
 
     def predictions(self, **inputs: object) -> Tensor:
         """The network's logits under the draw that is bound at present, ``B x ...``.
