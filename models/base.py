@@ -23,7 +23,7 @@ from lrvd_pyro.inference.param_store import UniqueModule, check_registered
 from lrvd_pyro.inference.per_example import drawn_per_example
 from lrvd_pyro.inference.threads import alone_in_pyro
 from lrvd_pyro.likelihoods.base import Likelihood, check_likelihood
-from lrvd_pyro.models.checks import FrozenAdapter
+from lrvd_pyro.models.checks import TrainingChecks
 from lrvd_pyro.rank_space.space import RankSpace
 
 __all__ = ["Factors", "RankModel", "SiteLabels", "evaluating"]
@@ -120,7 +120,7 @@ class RankModel(UniqueModule):
         self.likelihood = likelihood
         self.num_data = num_data
         self.prior = None
-        self._frozen_adapter = FrozenAdapter()
+        self._training_checks = TrainingChecks()
 
     @abstractmethod
     def draw(self) -> Tensor:
@@ -245,7 +245,7 @@ class RankModel(UniqueModule):
             observed = 0 if labels is None else size
             mcmc.check(self.base_net, observed, self.num_data)
         if labels is not None:
-            self._frozen_adapter.check(self.space)
+            self._training_checks.check(self.space)
 
     def predictions(self, **inputs: object) -> Tensor:
         """The network's logits under the draw that is bound at present, ``B x ...``.

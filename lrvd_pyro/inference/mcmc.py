@@ -2,16 +2,9 @@
 
 from torch import nn
 
-__all__ = ["check"]
+from lrvd_pyro.inference.dropout import active_dropout
 
-_DROPOUT = (
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)
+__all__ = ["check"]
 
 
 def check(net: nn.Module, size: int, num_data: int) -> None:
@@ -31,8 +24,7 @@ def check(net: nn.Module, size: int, num_data: int) -> None:
             f"would sample another posterior (of none, the prior); pass all data: "
             f"MCMC(NUTS(model), ...).run(**whole), num_data=len(whole['labels'])"
         )
-    dropout = (m for m in net.modules() if isinstance(m, _DROPOUT) and m.training)
-    if any(m.p > 0 for m in dropout):
+    if active_dropout(net):
         raise ValueError(
             "MCMC runs a network whose dropout is on, so that its density is random; "
             "call net.eval() first"
