@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shutil
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -180,6 +182,28 @@ def check_report(out: str, r: int, types: int = 2) -> list[list[float]]:
 def test_the_folder_holds_what_the_run_says_and_nothing_else(run: Any) -> None:
     said = {line.split()[0] for line in run.out.splitlines() if "/tiny/" in line}
     assert said == {str(path) for path in run.folder.iterdir()} and len(said) == 5
+
+
+def test_the_folder_fills_from_the_cheap_to_the_dear(
+    run: Any, quickstart: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that cannot write draws for ArviZ has left all the rest."""
+    monkeypatch.setitem(sys.modules, "arviz", None)
+    with pytest.raises(ImportError, match=r"pip install 'lrvd_pyro\[arviz\]'"):
+        quickstart.main([*run.options, "--epochs", "1", "--out", str(tmp_path)])
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {path.name for path in run.folder.iterdir()} - {"posterior.nc"}
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report.keys() == run.report.keys()
+
+
+def test_loo_judges_the_training_set(run: Any) -> None:
+    data = az.from_netcdf(str(run.folder / "posterior.nc"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # five draws
+        found = az.loo(data, reff=1)
+    data.close()
+    assert found.n_data_points == len(run.task.train)
 
 
 def test_plain_peft_loads_the_adapter_and_scores_as_reported(run: Any) -> None:
