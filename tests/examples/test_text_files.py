@@ -168,6 +168,21 @@ def test_a_file_that_cannot_be_read_is_refused_with_what_it_has(
         text_files.read(write(tmp_path, "wrong.tsv", content))
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('text,label\n"a,1\nb,0\n', "line 3: unexpected end of data"),
+        ("text,label\n" + "a" * 200_000 + ",1\n", "line 2: field larger than field"),
+        ("text,label\n", "has no rows; expected a text and a label in each"),
+    ],
+)
+def test_a_csv_file_that_would_lose_rows_is_refused(
+    text_files: Any, tmp_path: Path, content: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        text_files.read(write(tmp_path, "wrong.csv", content))
+
+
 def test_a_tsv_file_takes_quote_characters_as_text_and_a_csv_file_does_not(
     text_files: Any, Text: Any, tmp_path: Path
 ) -> None:
