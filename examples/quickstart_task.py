@@ -52,7 +52,7 @@ def options(description: str) -> argparse.ArgumentParser:
     add("--batch", type=whole, default=32, help="examples a step; 32")
     add("--lr", type=rate, default=4e-3, help="learning rate, falling to 0; 0.004")
     add("--samples", type=whole, default=8, help="draws of a prediction; 8")
-    add("--draws", type=whole, default=100, help="draws for ArviZ; 100")
+    add("--draws", type=draws, default=100, help="draws for ArviZ; 100")
     add("--seed", type=int, default=0, help="of split, head and noise; 0")
     add("--device", type=device, default="cpu", help="torch device; cpu")
     return parser
@@ -100,6 +100,13 @@ def whole(text: str) -> int:
     """A whole number above 0."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number above 0")
+    return int(text)
+
+
+def draws(text: str) -> int:
+    """A number of draws of which ArviZ can judge the tail."""
+    if whole(text) < 25:
+        raise argparse.ArgumentTypeError(f"{text!r}; az.loo needs 25 or more")
     return int(text)
 
 

@@ -1,9 +1,10 @@
 """What a run leaves behind: report, pictures, the posterior, for PEFT and for ArviZ."""
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 from quickstart_task import Task
@@ -76,6 +77,21 @@ def write(
     )
     data.to_netcdf(str(folder / "posterior.nc"))
     yield line("posterior.nc", "draws of the gates, log likelihood of train and test")
+    yield f"\n{judge_loo(data)}"
+
+
+def judge_loo(data: Any) -> str:
+    """Whether the draws are enough for leave-one-out on the training set."""
+    import arviz  # takes seconds, and the rest is on disk by now
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # this says the same
+        loo = arviz.loo(data, pointwise=True, reff=1)  # type: ignore[no-untyped-call]
+    high = int((loo.pareto_k > loo.good_k).sum())
+    return (
+        f"az.loo(data, reff=1): Pareto k is above {loo.good_k:.2f} for {high} of "
+        f"{loo.n_data_points} training texts; more --draws lower it"
+    )
 
 
 def reports(results: Sequence[Result], test: Encoded) -> dict[str, object]:

@@ -141,6 +141,7 @@ def test_batch_epochs_and_lr_are_those_of_training(
         ("--rows", "0", "argument --rows: '0'; expected a whole number above 0"),
         ("--batch", "2.5", "argument --batch: '2.5'; expected a whole number above 0"),
         ("--samples", "-1", "argument --samples: '-1'; expected a whole number"),
+        ("--draws", "24", "argument --draws: '24'; az.loo needs 25 or more"),
         ("--lr", "0", "argument --lr: '0'; expected a number above 0"),
         ("--lr", "nan", "argument --lr: 'nan'; expected a number above 0"),
         ("--lr", "fast", "argument --lr: 'fast'; expected a number above 0"),
