@@ -14,13 +14,13 @@ from torch.distributions import Distribution
 
 from lrvd_pyro._compat.pyro import name_of, plain_child
 from lrvd_pyro.batches import Batch, batch_size, without_labels
+from lrvd_pyro.inference.input_errors import plain_errors
 from lrvd_pyro.inference.kl import latent_sites, scaled_log_prob
 from lrvd_pyro.inference.param_store import UniqueModule, register_trainable
 from lrvd_pyro.inference.threads import alone_in_pyro
 from lrvd_pyro.likelihoods.base import Likelihood, check_likelihood
 from lrvd_pyro.likelihoods.categorical import Categorical
 from lrvd_pyro.models.checks import (
-    FrozenAdapter,
     check_call,
     check_mcmc,
     check_num_data,
@@ -31,6 +31,7 @@ from lrvd_pyro.models.checks import (
 from lrvd_pyro.models.factors import Factors, SiteLabels
 from lrvd_pyro.models.inputs import copied
 from lrvd_pyro.models.rows import RowCheck
+from lrvd_pyro.models.training_checks import TrainingChecks
 from lrvd_pyro.rank_space.cuts import named_cuts
 from lrvd_pyro.rank_space.removal import Cuts
 from lrvd_pyro.rank_space.rows import Side
@@ -42,8 +43,8 @@ __all__ = ["RankModel", "evaluating"]
 class RankModel(UniqueModule):
     """A PEFT network whose adapter is drawn before each forward pass.
 
-    A model is called with the batch as keyword arguments, as its network is. It
-    observes ``labels`` if they are given, and returns the network's predictions.
+    It is called with the batch as keyword arguments, as its network is, observes
+    ``labels`` if they are given, and returns the network's predictions.
 
     A subclass gives a word and three methods. `binds` says what is drawn. `draw` has
     the Pyro statements. `bind` puts the drawn value into the forward pass. `factors`
@@ -61,14 +62,13 @@ class RankModel(UniqueModule):
         net: A PEFT LoRA model, or a Transformers network after ``net.add_adapter``.
         num_data: The number of training examples N; a batch of B counts N/B times.
         prior: What `draw` uses; its parameters train and are saved.
-        likelihood: The distribution of labels given the network's logits; None takes
-            `Categorical`.
+        likelihood: Of labels given the network's logits; None takes `Categorical`.
         sides: The weights that `RankSpace.bind_weights` draws; gates need none.
         adapter: The adapter's name; None takes the single active one.
 
     Raises:
-        TypeError: If the likelihood lacks a method, a subclass one of the four, or
-            ``num_data`` is missing; as `RankSpace` raises it.
+        TypeError: If the likelihood or the subclass lacks a method, or ``num_data`` is
+            missing. And as `RankSpace` raises it.
 
     Example, in which B is random and A is a parameter::
 
@@ -118,7 +118,7 @@ class RankModel(UniqueModule):
         # The last refusals: the space puts hooks on the network.
         self.space = RankSpace(net, adapter, sides=sides)
         self.net = net
-        self._frozen_adapter = FrozenAdapter()
+        self._training_checks = TrainingChecks()
         self._rows = RowCheck()
 
     @property
@@ -182,7 +182,7 @@ class RankModel(UniqueModule):
     @alone_in_pyro()
     def latent_sites(self) -> dict[str, Distribution]:
         """The prior distribution of each latent site, from one run."""
-        # A mere look: no random number is used up, and no outer handler sees it.
+        # A look: no random number is used up, and no outer handler sees it.
         with torch.random.fork_rng(), poutine.block(), poutine.trace() as run:
             self.draw()
         return {name: site["fn"] for name, site in latent_sites(run.trace).items()}
@@ -191,8 +191,8 @@ class RankModel(UniqueModule):
         """Where guides start each latent site: at the prior's ``start``, else at 1."""
         # At gate 1 the network is the trained LoRA. At gate 0 B would get no gradient.
         known, device = getattr(self.prior, "start", {}), self.space.device
-        sites = self.latent_sites().items()
-        return {n: start_of(n, fn, known.get(n, 1.0), device) for n, fn in sites}
+        laws = self.latent_sites().items()
+        return {n: start_of(n, law, known.get(n, 1.0), device) for n, law in laws}
 
     @alone_in_pyro()
     def value_at(self, latents: Mapping[str, Tensor]) -> Tensor:
@@ -240,19 +240,20 @@ class RankModel(UniqueModule):
         Raises:
             ValueError: If a draw per example would reach other examples.
         """
-        check_call(args, labels)
         batch = {"labels": labels, **inputs}
-        size = batch_size(batch)
-        check_mcmc(self.base_net, 0 if labels is None else size, self.num_data)
-        if labels is not None:
-            self._frozen_adapter.check(self.space)
+        with plain_errors():
+            check_call(args, labels)
+            check_mcmc(self.base_net, batch, self.num_data)
+            if labels is not None:
+                self._training_checks.check(self.space)
         self._register_parameters()
         value = self.draw()
-        if value.dim() > 1:
-            check_rows_drawn(value, self.mixed_rows(batch))
-        with self.bind(value):
-            predictions = self.predictions(**inputs)
-        self.likelihood(predictions, labels, self.num_data)
+        with plain_errors():
+            if value.dim() > 1:
+                check_rows_drawn(value, self.mixed_rows(batch))
+            with self.bind(value):
+                predictions = self.predictions(**inputs)
+            self.likelihood(predictions, labels, self.num_data)
         return predictions
 
     def predictions(self, **inputs: object) -> Tensor:

@@ -1,6 +1,5 @@
 """What models check about their arguments and their network."""
 
-import warnings
 from numbers import Integral
 from typing import Any
 
@@ -8,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from lrvd_pyro._compat.pyro import mcmc_is_running
+from lrvd_pyro.batches import Batch, batch_size
+from lrvd_pyro.inference.dropout import active_dropout
 from lrvd_pyro.inference.per_example import drawn_per_example
-from lrvd_pyro.rank_space.space import RankSpace
 
 __all__ = [
-    "FrozenAdapter",
     "check_call",
     "check_gates",
     "check_mcmc",
@@ -21,15 +20,6 @@ __all__ = [
     "logits_of",
     "start_of",
 ]
-
-_DROPOUT = (
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)
 
 
 def check_num_data(num_data: int | None) -> int:
@@ -78,27 +68,29 @@ def check_call(args: tuple[object, ...], labels: object) -> None:
         )
 
 
-def check_mcmc(net: nn.Module, size: int, num_data: int) -> None:
+def check_mcmc(net: nn.Module, batch: Batch, num_data: int) -> None:
     """Raise where Pyro's MCMC runs, and would sample another posterior in silence.
 
     Args:
         net: The network that the model runs.
-        size: The number of labels in the batch; 0 where there are none.
+        batch: Its batch, with or without labels.
         num_data: The number of training examples N.
 
     Raises:
+        TypeError: If the batch holds no tensor.
         ValueError: If the batch is not the whole data set, or dropout is on.
     """
+    size = batch_size(batch)
     if not mcmc_is_running():
         return
+    size = 0 if batch["labels"] is None else size
     if size != num_data:
         raise ValueError(
             f"MCMC runs the model on {size} labels out of num_data={num_data}, which "
             f"would sample another posterior (of none, the prior); pass all data: "
             f"MCMC(NUTS(model), ...).run(**whole), num_data=len(whole['labels'])"
         )
-    dropout = (m for m in net.modules() if isinstance(m, _DROPOUT) and m.training)
-    if any(m.p > 0 for m in dropout):
+    if active_dropout(net):
         raise ValueError(
             "MCMC runs a network whose dropout is on, so that its density is random; "
             "call net.eval() first"
@@ -165,31 +157,3 @@ def start_of(site: str, prior: Any, number: float, device: torch.device) -> Tens
         f"support {support}; give the prior another start, such as a draw of its own: "
         f"prior.start = {{{site!r}: {within:.2g}}}"
     )
-
-
-class FrozenAdapter:
-    """Warns once, at the first training step, of an adapter that was loaded frozen.
-
-    PEFT loads adapters frozen by default, and marks their configuration so. Weights
-    that the user froze have no such mark.
-    """
-
-    def __init__(self) -> None:
-        self._checked = False
-
-    def check(self, space: RankSpace) -> None:
-        """Warn if this pass trains and the adapter does not."""
-        # MCMC draws gates over an adapter that stays as it is.
-        if self._checked or not torch.is_grad_enabled() or mcmc_is_running():
-            return
-        self._checked = True
-        weights = [*space.weights("lora_A"), *space.weights("lora_B")]
-        loaded = space.net.peft_config[space.adapter].inference_mode
-        if loaded and weights and not any(weight.requires_grad for weight in weights):
-            warnings.warn(
-                f"all weights of adapter {space.adapter!r} are frozen, as PEFT loads "
-                f"them, and training leaves them as they are; to train them, "
-                f"PeftModel.from_pretrained(base, folder, is_trainable=True); to train "
-                f"the guide alone, load them so and call net.requires_grad_(False)",
-                stacklevel=2,
-            )

@@ -41,6 +41,7 @@ def to_arviz(
     *,
     seed: int = 0,
     posterior_samples: Mapping[str, Tensor] | None = None,
+    test_batches: Iterable[Batch] | None = None,
 ) -> Any:
     """Give draws of the posterior, and what they say of labeled data, to ArviZ.
 
@@ -52,6 +53,8 @@ def to_arviz(
       nats, not scaled to the data set;
     - ``observed_data``: the labels. Several labels of one datum, as of tokens, have the
       further dimensions ``labels_dim_0`` and so on; their log likelihoods add up;
+    - ``test_posterior_predictive``, ``test_log_likelihood`` and ``test_observed_data``:
+      the same three of ``test_batches``, under the same draws;
     - ``constant_data``: the guide's ``log_alpha``, if it has one.
 
     A vector with one entry per rank component has the dimension ``gate_id``, labeled as
@@ -65,15 +68,19 @@ def to_arviz(
     Chains of MCMC are laid end to end: take r-hat and ESS from ``mcmc.diagnostics()``,
     and give ``az.loo`` the ESS per draw as ``reff``.
 
+    Leave-one-out is about the data of the posterior: ``batches`` are the training set,
+    and ``az.loo`` reads ``log_likelihood`` alone. Other data go into ``test_batches``.
+
     Wrong as an estimate of prediction where A, B or the head were trained on the same
     data: leave-one-out removes a datum from the posterior, but not from the point
     parameters. It also takes the guide for the posterior.
 
     Memory is ``num_samples`` numbers per datum, twice, and the logits of one batch.
+    Pareto k above ``1 - 1 / log10(num_samples)`` in ``az.loo`` asks for more draws.
 
     Example::
 
-        data = to_arviz(model, guide, train_batches)
+        data = to_arviz(model, guide, train_batches, test_batches=test_batches)
         az.loo(data, reff=1)
         az.plot_forest(data.posterior.where(data.posterior.layer == 3, drop=True))
 
@@ -85,6 +92,7 @@ def to_arviz(
         seed: The seed; draws are those of `lrvd_pyro.predict` at the same seed.
         posterior_samples: Draws to use instead of the guide's, from
             `pyro.infer.Predictive` or MCMC: ``S x size`` by site. S is then theirs.
+        test_batches: Labeled batches that the posterior has not seen.
 
     Returns:
         An ``arviz.InferenceData``; from ArviZ 1 on, an ``xarray.DataTree``.
@@ -108,23 +116,18 @@ def to_arviz(
         inputs, _ = _parted(first)
         draws = posterior_draws(model, guide, inputs, num_samples, posterior_samples)
         values = [model.value_at(latents).detach() for latents in draws]
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
-        for batch in chain([first], stream):
-            _, labels = _parted(batch)
-            check_alike("labels", parts[0][0] if parts else labels, labels)
-            parts.append(_on_batch(model, values, batch))
+        about = _about_data(model, values, chain([first], stream))
+        if test_batches is not None:
+            unseen = _about_data(model, values, opened(test_batches, num_samples, call))
+            about |= {f"test_{name}": group for name, group in unseen.items()}
         names = model.latent_sites()
-    labels = torch.cat([part[0] for part in parts])
-    drawn, log_likelihood = (torch.cat([p[i] for p in parts], 1) for i in (1, 2))
     latents = {name: torch.stack([z[name] for z in draws]) for name in names}
     if model.binds == "gates":
         latents["gate"] = torch.stack(values)
     sites = {name: _dimension(model, name, x) for name, x in latents.items()}
     groups: dict[str, _Variables] = {
         "posterior": {name: _drawn(x, sites[name]) for name, x in latents.items()},
-        "posterior_predictive": {"labels": _drawn(drawn, *_data_dims(drawn[0]))},
-        "log_likelihood": {"labels": _drawn(log_likelihood, _DATUM)},
-        "observed_data": {"labels": (_data_dims(labels), _array(labels))},
+        **about,
     }
     log_alpha = getattr(guide, "log_alpha", None)
     if log_alpha is not None:
@@ -159,6 +162,24 @@ def _parted(batch: Batch) -> tuple[dict[str, Any], Tensor]:
             f"them; give labeled batches, or use lrvd_pyro.predict"
         )
     return without_labels(batch), labels
+
+
+def _about_data(
+    model: RankModel, values: list[Tensor], batches: Iterable[Batch]
+) -> dict[str, _Variables]:
+    """The groups that say something of each datum."""
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for batch in batches:
+        _, labels = _parted(batch)
+        check_alike("labels", parts[0][0] if parts else labels, labels)
+        parts.append(_on_batch(model, values, batch))
+    labels = torch.cat([part[0] for part in parts])
+    drawn, log_likelihood = (torch.cat([p[i] for p in parts], 1) for i in (1, 2))
+    return {
+        "posterior_predictive": {"labels": _drawn(drawn, *_data_dims(drawn[0]))},
+        "log_likelihood": {"labels": _drawn(log_likelihood, _DATUM)},
+        "observed_data": {"labels": (_data_dims(labels), _array(labels))},
+    }
 
 
 def _on_batch(
