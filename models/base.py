@@ -43,8 +43,8 @@ __all__ = ["RankModel", "evaluating"]
 class RankModel(UniqueModule):
     """A PEFT network whose adapter is drawn before each forward pass.
 
-    It is called with the batch as keyword arguments, as its network is, observes
-    ``labels`` if they are given, and returns the network's predictions.
+    It takes the batch as keyword arguments, observes ``labels`` if they are given, and
+    returns the network's predictions.
 
     A subclass gives a word and three methods. `binds` says what is drawn. `draw` has
     the Pyro statements. `bind` puts the drawn value into the forward pass. `factors`
@@ -115,7 +115,7 @@ class RankModel(UniqueModule):
         self.prior = prior
         self.likelihood = Categorical() if likelihood is None else likelihood
         check_likelihood(self.likelihood)
-        # The last refusals: the space puts hooks on the network.
+        # Last, since the space puts hooks on the network.
         self.space = RankSpace(net, adapter, sides=sides)
         self.net = net
         self._training_checks = TrainingChecks()
@@ -230,7 +230,7 @@ class RankModel(UniqueModule):
         """Draw the adapter, run the network, observe (or draw) the labels.
 
         Args:
-            args: Nothing: a batch goes in as keywords.
+            args: Nothing.
             labels: The labels of the batch, ``B`` or as the likelihood has them.
             inputs: The network's own keyword arguments.
 
@@ -260,8 +260,7 @@ class RankModel(UniqueModule):
         """The network's logits under the draw that is bound at present, ``B x ...``.
 
         Args:
-            inputs: The network's own keyword arguments. Each pass gets a copy of them,
-                so a key-value cache stays as it is.
+            inputs: The network's own keyword arguments; each pass gets a copy of them.
 
         Raises:
             TypeError: If an argument cannot be copied, or the network returns neither a
