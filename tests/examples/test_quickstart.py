@@ -200,9 +200,7 @@ def test_loo_judges_the_training_set(run: Any) -> None:
     data.close()
     assert found.n_data_points == len(run.task.train)
     high = int((found.pareto_k > found.good_k).sum())
-    verdict = (
-        f"is above {found.good_k:.2f} for {high} of {len(run.task.train)} training"
-    )
+    verdict = f"above {found.good_k:.2f} for {high} of {len(run.task.train)} training"
     assert verdict in run.out
 
 
