@@ -1,5 +1,6 @@
-# Everything runs in .venv, made from the versions in constraints.txt.
+# Everything runs in .venv, made from the versions in constraints.txt; PINS= takes the newest.
 PYTHON ?= python3.11
+PINS ?= --constraint constraints.txt
 BIN := .venv/bin
 
 .PHONY: quickstart test lint wheel clean
@@ -23,5 +24,5 @@ clean:
 
 .venv/made: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet $(PINS) --editable '.[dev]'
 	touch $@

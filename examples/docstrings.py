@@ -37,7 +37,7 @@ def corpus(count: int) -> tuple[Text, list[str]]:
     found = [_take(library, count, seen) for library in (*LIBRARIES, HELD_OUT)]
     *known, held_out = found
     labels = [label for label, texts in enumerate(known) for _ in texts]
-    return Text(sum(known, []), labels), held_out
+    return Text(sum(known, []), labels, classes=LIBRARIES), held_out
 
 
 def first_sentences(library: str) -> Iterator[str]:

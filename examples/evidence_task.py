@@ -60,7 +60,11 @@ class Task:
         rows = torch.randperm(len(pool), generator=order).tolist()
         # The same dev texts whatever the count.
         dev, train = rows[:DEV], rows[DEV : DEV + self.count]
-        file = next(self.folder / n for n in ("dev.tsv", "test.tsv") if (self.folder / n).exists())
+        file = next(
+            self.folder / n
+            for n in ("dev.tsv", "test.tsv")
+            if (self.folder / n).exists()
+        )
         test = read(str(file))
         fixed = torch.Generator().manual_seed(0)
         some = torch.randperm(len(test), generator=fixed)[:TEST].tolist()

@@ -6,14 +6,14 @@ components; epochs, batches, learning rate and schedule are the same. Then come 
 docstrings of a library that neither has seen: is the network less certain there?
 
     python examples/quickstart.py
-    python examples/quickstart.py --data reviews.tsv --epochs 2
+    python examples/quickstart.py --data reviews.csv --test unseen.csv --epochs 2
     python examples/quickstart.py --model microsoft/deberta-v3-base \\
         --targets query_proj,value_proj --data glue:sst2 --device cuda
 
 Prints a table of scores on test, the effective rank of every LoRA module as a picture,
 and the uncertainty on test beside that on the unseen library. Options may be chosen by
 the column "dev nll"; test is for the report. Writes to runs/quickstart, or --out: the
-adapter with its posterior, draws for ArviZ, the scores with intervals, two pictures.
+scores with intervals, two pictures, the adapter with its posterior, draws for ArviZ.
 """
 
 import argparse
@@ -21,16 +21,17 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import docstrings
 import pandas as pd
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from pyro.infer import SVI
+from quickstart_task import Task, load_task, options
 from run_folder import Posterior, Result, write
 from sklearn.metrics import roc_auc_score
-from text_data import MINILM, Batch, Encoded, Text, read, split
+from text_data import Batch, Encoded
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.utils import logging
@@ -41,42 +42,6 @@ from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.likelihoods.categorical import Categorical, CategoricalPrediction
 from lrvd_pyro.models import GateLoRA
 
-PER_LIBRARY = 290  # sentences of each library, and of the held-out one
-SENTENCES = 1740  # in all, at most; more would take more than minutes
-BATCH, MAX_LENGTH, LR, SAMPLES = 32, 32, 4e-3, 8
-
-
-class Task(NamedTuple):
-    """The data of one run."""
-
-    train: Encoded
-    dev: Encoded
-    test: Encoded
-    held_out: Encoded
-    classes: int
-
-    def predicted(self) -> tuple[Encoded, Encoded, Encoded]:
-        """What is not trained on."""
-        return self.dev, self.test, self.held_out
-
-
-def load_task(args: argparse.Namespace) -> Task:
-    """Read, split and tokenize the data; the held-out docstrings have no label."""
-    data, held_out = docstrings.corpus(PER_LIBRARY)
-    if args.data:
-        data = read(args.data)
-    parts = split(data, SENTENCES, seed=args.seed)
-    parts.append(Text(held_out, [0] * len(held_out)))
-    train, dev, test, unseen = (
-        Encoded(part.by_length(), args.model, max_length=MAX_LENGTH).to(args.device)
-        for part in parts
-    )
-    print(
-        f"{len(train)} sentences to train on, {len(dev)} dev, {len(test)} test, "
-        f"{len(unseen)} of the held-out library {docstrings.HELD_OUT}"
-    )
-    return Task(train, dev, test, unseen, classes=max(data.labels) + 1)
-
 
 def lora_network(task: Task, args: argparse.Namespace) -> PeftModel:
     """The pretrained network with an adapter and a head, the same for the same seed."""
@@ -86,11 +51,13 @@ def lora_network(task: Task, args: argparse.Namespace) -> PeftModel:
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)  # the posterior is to be the only noise
     base = AutoModelForSequenceClassification.from_pretrained(args.model, config=config)
+    targets = args.targets.split(",")
+    check_targets(base, targets)
     lora = LoraConfig(
         task_type="SEQ_CLS",
         r=args.r,
         lora_alpha=2 * args.r,
-        target_modules=args.targets.split(","),
+        target_modules=targets,
     )
     with warnings.catch_warnings():
         # PEFT reads a property that Transformers has deprecated.
@@ -98,9 +65,20 @@ def lora_network(task: Task, args: argparse.Namespace) -> PeftModel:
         return get_peft_model(base, lora).to(args.device)
 
 
+def check_targets(base: torch.nn.Module, targets: list[str]) -> None:
+    """Refuse names that no layer with a matrix has."""
+    layers = {
+        name.rpartition(".")[2]
+        for name, module in base.named_modules()
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 2
+    }
+    if unknown := [name for name in targets if name not in layers]:
+        raise ValueError(f"--targets {unknown}; expected some of {sorted(layers)}")
+
+
 def linear_decay(task: Task, args: argparse.Namespace) -> Callable[[int], float]:
     """The schedule of the learning rates, from 1 to 0 at the last step."""
-    steps = args.epochs * -(-len(task.train) // BATCH)
+    steps = args.epochs * -(-len(task.train) // args.batch)
     return lambda step: 1 - step / steps
 
 
@@ -111,7 +89,7 @@ def train(
     generator = torch.Generator().manual_seed(args.seed)
     began = time.perf_counter()
     for epoch in range(args.epochs):
-        batches = list(task.train.batches(BATCH, generator))
+        batches = list(task.train.batches(args.batch, generator))
         bar = tqdm(batches, desc=f"{name}, epoch {epoch + 1} of {args.epochs}")
         for batch in bar:
             bar.set_postfix(loss=f"{step(batch):.2f}", refresh=False)
@@ -122,7 +100,7 @@ def run_lora(task: Task, args: argparse.Namespace) -> list[Result]:
     """Plain LoRA, trained by a plain torch loop."""
     net = lora_network(task, args)
     weights = [p for p in net.parameters() if p.requires_grad]
-    optim = torch.optim.AdamW(weights, lr=LR, weight_decay=0.0)
+    optim = torch.optim.AdamW(weights, lr=args.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optim, linear_decay(task, args))
 
     def step(batch: Batch) -> float:
@@ -146,7 +124,7 @@ def run_lrvd(task: Task, args: argparse.Namespace) -> tuple[list[Result], Poster
     """LRVD, trained by Pyro's SVI; predicts at the posterior mean and with samples."""
     model = GateLoRA(lora_network(task, args), num_data=len(task.train))
     guide = RankDiagonal(model)
-    optim = lrvd.optim.AdamW(lr=LR, schedule=linear_decay(task, args))
+    optim = lrvd.optim.AdamW(lr=args.lr, schedule=linear_decay(task, args))
     svi = SVI(model, guide, optim, loss=lrvd.RankELBO())
     history = lrvd.RankHistory(guide)
     history.record(0)
@@ -165,12 +143,12 @@ def run_lrvd(task: Task, args: argparse.Namespace) -> tuple[list[Result], Poster
     with lrvd.posterior_mean(model, guide) as net:
         mean = [at_a_point(net, data) for data in task.predicted()]
     sampled = [
-        lrvd.predict(model, guide, data.in_order(), SAMPLES, progress=True)
+        lrvd.predict(model, guide, data.in_order(), args.samples, progress=True)
         for data in task.predicted()
     ]
     results = [
         Result("LRVD, posterior mean", cost, *mean),
-        Result(f"LRVD, {SAMPLES} samples", cost, *sampled),
+        Result(f"LRVD, {args.samples} samples", cost, *sampled),
     ]
     return results, Posterior(model, guide, history)
 
@@ -225,30 +203,8 @@ def rank_picture(guide: RankDiagonal, r: int) -> str:
     return bars.to_string()
 
 
-def options() -> argparse.ArgumentParser:
-    """The options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--model", default=MINILM, help="hub name or folder; MiniLM-L6")
-    add("--data", help="TSV with columns text and label, or hub name[:config]")
-    add("--r", type=int, default=8, help="rank of each LoRA module; 8")
-    add("--targets", default="query,value", help="layers to adapt; query,value")
-    add("--epochs", type=int, default=6, help="passes over the training data; 6")
-    add("--seed", type=int, default=0, help="of split, head and noise; 0")
-    add("--device", default="cpu", help="torch device; cpu")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
+def run(args: argparse.Namespace) -> None:
     """Train both ways, print what came of it and write the run folder."""
-    parser = options()
-    out = Path("runs", "quickstart")
-    parser.add_argument("--out", type=Path, default=out, help=f"run folder; {out}")
-    args = parser.parse_args(argv)
-    logging.set_verbosity_error()  # every run has a new head
-    logging.disable_progress_bar()
     task = load_task(args)
     results = run_lora(task, args)
     of_lrvd, posterior = run_lrvd(task, args)
@@ -258,7 +214,23 @@ def main(argv: list[str] | None = None) -> None:
     print(rank_picture(posterior.guide, args.r))
     print("\nEntropy and mutual information (MI) in nats:\n")
     print(table([uncertainty_row(result) for result in results]))
-    print(f"\n{write(args.out, posterior, results, task.test)}")
+    print()
+    for line in write(args.out, posterior, results, task, args.draws):
+        print(line)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run with the options given; end with one line if they do not work."""
+    parser = options(__doc__)
+    out = Path("runs", "quickstart")
+    parser.add_argument("--out", type=Path, default=out, help=f"run folder; {out}")
+    args = parser.parse_args(argv)
+    logging.set_verbosity_error()  # every run has a new head
+    logging.disable_progress_bar()
+    try:
+        run(args)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"quickstart: {error}") from error
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""What a run leaves behind: the posterior, for PEFT and for ArviZ, report, pictures."""
+"""What a run leaves behind: report, pictures, the posterior, for PEFT and for ArviZ."""
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
+from quickstart_task import Task
 from text_data import Encoded
 from tqdm import tqdm
 
@@ -16,14 +18,7 @@ from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.likelihoods.categorical import CategoricalPrediction
 from lrvd_pyro.models import GateLoRA
 
-DRAWS, BINS = 32, 10
-CONTENTS = {
-    "adapter": "the posterior mean for plain PEFT, the posterior for lrvd.load",
-    "posterior.nc": "draws of the gates, and what they say of test, for ArviZ",
-    "report.json": "scores on test and their 95% bootstrap intervals",
-    "ranks.png": "effective rank of each LoRA module over training",
-    "reliability.png": "accuracy against confidence on test",
-}
+BINS = 10
 
 
 class Result(NamedTuple):
@@ -45,21 +40,58 @@ class Posterior(NamedTuple):
 
 
 def write(
-    folder: Path, posterior: Posterior, results: Sequence[Result], test: Encoded
-) -> str:
-    """Write the run folder, over an older one; returns what lies where."""
+    folder: Path,
+    posterior: Posterior,
+    results: Sequence[Result],
+    task: Task,
+    draws: int,
+) -> Iterator[str]:
+    """Write the run folder, over an older one, and say what lies where.
+
+    What is cheap and needs few libraries comes first. A run that ends early has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     model, guide, history = posterior
-    lrvd.save(folder / "adapter", model, guide)
-    batches = tqdm(test.in_order(labels=True), desc=f"{DRAWS} draws for ArviZ")
-    data = lrvd.to_arviz(model, guide, batches, DRAWS)
-    data.to_netcdf(str(folder / "posterior.nc"))
-    report = json.dumps(reports(results, test), indent=2, allow_nan=False)
+
+    def line(name: str, what: str) -> str:
+        return f"{folder / name!s:<32} {what}"
+
+    report = json.dumps(reports(results, task.test), indent=2, allow_nan=False)
     (folder / "report.json").write_text(report, encoding="utf-8")
+    yield line("report.json", "scores on test and their 95% bootstrap intervals")
     draw_ranks(history).savefig(folder / "ranks.png")
+    yield line("ranks.png", "effective rank of each LoRA module over training")
     plain, *_, sampled = results
-    draw_reliability([plain, sampled], test).savefig(folder / "reliability.png")
-    lines = (f"{folder / name!s:<32} {what}" for name, what in CONTENTS.items())
-    return "\n".join(lines)
+    draw_reliability([plain, sampled], task.test).savefig(folder / "reliability.png")
+    yield line("reliability.png", "accuracy against confidence on test")
+    lrvd.save(folder / "adapter", model, guide)
+    yield line(
+        "adapter", "the posterior mean for plain PEFT, the posterior for lrvd.load"
+    )
+    data = lrvd.to_arviz(
+        model,
+        guide,
+        tqdm(task.train.in_order(labels=True), desc=f"{draws} draws for ArviZ"),
+        draws,
+        test_batches=task.test.in_order(labels=True),
+    )
+    data.to_netcdf(str(folder / "posterior.nc"))
+    yield line("posterior.nc", "draws of the gates, log likelihood of train and test")
+    yield f"\n{judge_loo(data)}"
+
+
+def judge_loo(data: Any) -> str:
+    """Whether the draws are enough for leave-one-out on the training set."""
+    import arviz  # takes seconds, and the rest is on disk by now
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # this says the same
+        loo = arviz.loo(data, pointwise=True, reff=1)  # type: ignore[no-untyped-call]
+    high = int((loo.pareto_k > loo.good_k).sum())
+    return (
+        f"az.loo(data, reff=1): Pareto k is above {loo.good_k:.2f} for {high} of "
+        f"{loo.n_data_points} training texts; more --draws lower it"
+    )
 
 
 def reports(results: Sequence[Result], test: Encoded) -> dict[str, object]:

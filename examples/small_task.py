@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from text_data import MINILM, Encoded, read_tsv
+from text_data import MINILM, Encoded
+from text_files import read
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
@@ -24,13 +25,13 @@ class Task:
 
     def __init__(self, folder: Path, seed: int, num_epochs: int | None = None) -> None:
         (path,) = folder.glob("train*.tsv")
-        pool = read_tsv(path)
+        pool = read(str(path))
         order = torch.Generator().manual_seed(seed)
         rows = torch.randperm(len(pool), generator=order)[: TRAIN + DEV].tolist()
         self.seed = seed
         self.train = Encoded(pool.take(rows[:TRAIN]))
         self.dev = Encoded(pool.take(rows[TRAIN:]))
-        self.test = Encoded(read_tsv(folder / "dev.tsv").by_length())
+        self.test = Encoded(read(str(folder / "dev.tsv")).by_length())
         self.num_epochs = num_epochs or EPOCHS
         self.steps = self.num_epochs * -(-TRAIN // BATCH)
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from pyro.distributions import Normal
 from pyro.infer.autoguide import AutoNormal, init_to_value
-from quickstart import Task, lora_network
+from quickstart import lora_network
+from quickstart_task import Task
 from swapping import compare, fit, score
 
 from lrvd_pyro import guides, priors
@@ -55,7 +56,7 @@ def run(name: str, task: Task, args: argparse.Namespace) -> dict[str, float]:
         seconds = fit(name, model, guide, task, args)
     if name == "laplace":
         guide = guide.laplace_approximation(list(task.train.in_order()))
-    return score(model, guide, task) | {"seconds": seconds}
+    return score(model, guide, task, args) | {"seconds": seconds}
 
 
 def main(argv: list[str] | None = None) -> None:

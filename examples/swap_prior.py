@@ -11,7 +11,8 @@ from functools import partial
 from typing import Any
 
 from pyro.distributions import HalfNormal, Normal
-from quickstart import Task, lora_network
+from quickstart import lora_network
+from quickstart_task import Task
 from swapping import compare, fit, score
 
 from lrvd_pyro import priors
@@ -45,7 +46,7 @@ def run(name: str, task: Task, args: argparse.Namespace) -> dict[str, float]:
     )
     guide = RankDiagonal(model)
     seconds = fit(name, model, guide, task, args)
-    return score(model, guide, task) | {"seconds": seconds}
+    return score(model, guide, task, args) | {"seconds": seconds}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -10,7 +10,8 @@ import peft
 import pyro
 import torch
 from pyro.infer import SVI
-from quickstart import LR, SAMPLES, Task, linear_decay, load_task, options, train
+from quickstart import linear_decay, train
+from quickstart_task import Task, load_task, options
 from transformers.utils import logging
 
 import lrvd_pyro as lrvd
@@ -24,15 +25,15 @@ Variant = Callable[[Task, argparse.Namespace], dict[str, float]]
 
 def fit(name: str, model: GateLoRA, guide: Any, task: Task, args: Any) -> float:
     """Train a pair by SVI on the true ELBO; returns the seconds."""
-    optim = lrvd.optim.AdamW(lr=LR, schedule=linear_decay(task, args))
+    optim = lrvd.optim.AdamW(lr=args.lr, schedule=linear_decay(task, args))
     svi = SVI(model, guide, optim, loss=lrvd.RankELBO())
     count = len(task.train)
     return train(name, lambda b: float(svi.step(**b)) / count, task, args)
 
 
-def score(model: GateLoRA, guide: Any, task: Task) -> dict[str, float]:
+def score(model: GateLoRA, guide: Any, task: Task, args: Any) -> dict[str, float]:
     """Scores on test, and the effective rank of the gates' posterior."""
-    probs = lrvd.predict(model, guide, task.test.in_order(), SAMPLES).probs
+    probs = lrvd.predict(model, guide, task.test.in_order(), args.samples).probs
     found = scores(probs, task.test.labels)
     draws = [model.value_at(draw_latents(model, guide, {})) for _ in range(400)]
     gates = torch.stack(draws).detach()
@@ -43,8 +44,7 @@ def score(model: GateLoRA, guide: Any, task: Task) -> dict[str, float]:
 
 def compare(title: str, variants: dict[str, Variant], argv: list[str] | None) -> None:
     """Run every variant on every seed; print and write the table."""
-    parser = options()
-    parser.description = title
+    parser = options(title)
     parser.add_argument("--seeds", type=int, default=3, help="how many; 3")
     parser.add_argument("--out", type=Path, help="a markdown file for the table")
     args = parser.parse_args(argv)

@@ -1,8 +1,8 @@
-"""Text with labels for the examples: read, encode, batch."""
+"""Text with labels for the examples: split, encode, batch."""
 
-import csv
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,79 +17,109 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Text:
-    """Texts and their class indices."""
+    """Texts and their class indices.
+
+    Attributes:
+        texts: The texts, or the first texts of pairs.
+        labels: Class indices.
+        second: The second texts of pairs, else None.
+        classes: The labels that the indices stand for, where they are known.
+    """
 
     texts: list[str]
     labels: list[int]
+    second: list[str] | None = None
+    classes: tuple[str, ...] = field(default=(), compare=False)
+
+    @classmethod
+    def of(
+        cls, columns: Sequence[list[str]], labels: list[int], classes: tuple[str, ...]
+    ) -> "Text":
+        """Texts from one column, or pairs from two."""
+        second = columns[1] if len(columns) > 1 else None
+        return cls(columns[0], labels, second, classes)
 
     def __len__(self) -> int:
         return len(self.texts)
 
+    @property
+    def rows(self) -> list[tuple[str, ...]]:
+        """The one or two texts of each row."""
+        return list(zip(*self.columns))
+
+    @property
+    def columns(self) -> list[list[str]]:
+        """One list of texts, or two."""
+        return [self.texts] if self.second is None else [self.texts, self.second]
+
     def take(self, indices: Sequence[int]) -> "Text":
         """The chosen rows."""
-        return Text([self.texts[i] for i in indices], [self.labels[i] for i in indices])
+        columns = [[column[i] for i in indices] for column in self.columns]
+        return Text.of(columns, [self.labels[i] for i in indices], self.classes)
 
     def by_length(self) -> "Text":
         """Shortest first, so that batches in order need little padding."""
-        return self.take(sorted(range(len(self)), key=lambda i: len(self.texts[i])))
+        sizes = [sum(map(len, row)) for row in self.rows]
+        return self.take(sorted(range(len(self)), key=sizes.__getitem__))
 
 
-def read_tsv(path: str | Path) -> Text:
-    """A file with a header, columns ``text`` and ``label``, tabs, and no quoting."""
-    with open(path, encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    if not rows or not {"text", "label"} <= rows[0].keys():
-        found = list(rows[0]) if rows else []
-        raise ValueError(f"{path} has columns {found}; expected text and label")
-    return Text([row["text"] for row in rows], [int(row["label"]) for row in rows])
+def unique(data: Text, seen: Text | None = None) -> Text:
+    """The texts that are not in ``seen``, each once."""
+    rows = {row: i for i, row in enumerate(data.rows)}
+    for row in seen.rows if seen else ():
+        rows.pop(row, None)
+    return data.take(list(rows.values()))
 
 
-def read_hub(name: str) -> Text:
-    """The split ``train`` of a hub data set, ``name`` or ``name:config``.
+def split(
+    data: Text, count: int, *, seed: int, shares: Sequence[int] = (60, 15, 25)
+) -> list[Text]:
+    """Parts of ``count`` texts, or of all if fewer: train, dev and test.
 
-    The text is its first column of strings, the label its column ``label``.
+    A text that occurs twice is kept once, so that the parts are disjoint.
+
+    Args:
+        data: What to split.
+        count: How many texts to take, at most.
+        seed: The seed of the choice.
+        shares: The size of each part, in percent.
+
+    Raises:
+        ValueError: If a part would be empty.
     """
-    from datasets import load_dataset  # takes seconds, and only this function needs it
-
-    path, _, config = name.partition(":")
-    rows = load_dataset(path, config or None, split="train")
-    kinds = {column: getattr(f, "dtype", "") for column, f in rows.features.items()}
-    strings = [column for column, kind in kinds.items() if kind.endswith("string")]
-    if not strings or "int" not in kinds.get("label", ""):
-        raise ValueError(
-            f"{name} has the columns {kinds}; expected one of strings and an integer "
-            f"column label"
-        )
-    return Text(list(rows[strings[0]]), list(rows["label"]))
-
-
-def read(name: str) -> Text:
-    """A TSV file, known by its ending, or a hub data set."""
-    return read_tsv(name) if name.endswith(".tsv") else read_hub(name)
-
-
-def split(data: Text, count: int, *, seed: int) -> list[Text]:
-    """Train, dev and test: 60, 15 and 25% of ``count`` texts, or of all if fewer.
-
-    A text that occurs twice is kept once, so that the three are disjoint.
-    """
-    rows = {text: i for i, text in enumerate(data.texts)}
-    index = torch.tensor(list(rows.values()))
+    data = unique(data)
     generator = torch.Generator().manual_seed(seed)
-    chosen = index[torch.randperm(len(index), generator=generator)[:count]]
-    cuts = [len(chosen) * 60 // 100, len(chosen) * 75 // 100]
-    return [data.take(part.tolist()) for part in chosen.tensor_split(cuts)]
+    chosen = torch.randperm(len(data), generator=generator)[:count]
+    cuts = [len(chosen) * share // 100 for share in accumulate(shares)][:-1]
+    parts = chosen.tensor_split(cuts)
+    if not all(map(len, parts)):
+        raise ValueError(
+            f"{len(chosen)} different texts make parts of {[len(p) for p in parts]}; "
+            f"expected at least one text in each: more texts, or more --rows"
+        )
+    return [data.take(part.tolist()) for part in parts]
 
 
 class Encoded:
-    """Tokenized texts with labels, given out as padded batches."""
+    """Tokenized texts with labels, given out as padded batches.
+
+    Attributes:
+        num_cut: How many texts were longer than ``max_length`` tokens.
+    """
 
     def __init__(
         self, data: Text, model: str = MINILM, *, max_length: int = 64
     ) -> None:
         tokenizer: Any = AutoTokenizer.from_pretrained(model)
+        if max_length > tokenizer.model_max_length:
+            raise ValueError(
+                f"max_length={max_length}; {model} takes {tokenizer.model_max_length} "
+                f"tokens at most"
+            )
+        whole = tokenizer(*data.columns)["input_ids"]
+        self.num_cut = sum(len(tokens) > max_length for tokens in whole)
         encoded = tokenizer(
-            data.texts,
+            *data.columns,
             truncation=True,
             max_length=max_length,
             padding=True,

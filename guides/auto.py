@@ -7,9 +7,8 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from pyro import distributions as dist
 from pyro.distributions import transforms as T
-from pyro.distributions.torch_transform import ComposeTransformModule
+from pyro.distributions.torch_transform import ComposeTransformModule, TransformModule
 from pyro.infer.autoguide import (
     AutoDelta,
     AutoLaplaceApproximation,
@@ -18,7 +17,7 @@ from pyro.infer.autoguide import (
     AutoNormalizingFlow,
     init_to_value,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import biject_to
 
 from lrvd_pyro._numbers import check_count, check_number
@@ -174,9 +173,16 @@ def laplace(
 def _flow(loc: Tensor, scale: float, hidden_dim: int | None, size: int) -> Any:
     nets: Any = T.affine_autoregressive
     autoregressive = nets(size, hidden_dims=[hidden_dim or size])
-    # The cache lets the density come from the draw: a flow's inverse is not exact.
-    affine = dist.transforms.AffineTransform(loc, scale, cache_size=1)
-    return ComposeTransformModule([autoregressive.to(loc), affine])
+    return ComposeTransformModule([autoregressive.to(loc), _Affine(loc, scale)])
+
+
+class _Affine(TransformModule, T.AffineTransform):
+    """An affine transform that moves with its guide."""
+
+    def __init__(self, loc: Tensor, scale: float) -> None:
+        # The cache lets the density come from the draw: a flow's inverse is not exact.
+        start = nn.Buffer(loc, persistent=False)  # it follows from the model
+        super().__init__(start, scale, cache_size=1)  # type: ignore[no-untyped-call]
 
 
 def _size(model: RankModel) -> int:

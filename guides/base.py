@@ -2,6 +2,7 @@
 
 import math
 from abc import abstractmethod
+from types import MethodType
 from typing import Protocol, runtime_checkable
 
 import pyro
@@ -10,11 +11,13 @@ from pyro import distributions as dist
 from torch import Tensor, nn
 
 from lrvd_pyro._compat.pyro import name_of
+from lrvd_pyro._compat.torch import tree_map
 from lrvd_pyro._numbers import check_number
 from lrvd_pyro.inference.param_store import UniqueModule, check_registered
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.rank_space.cuts import named_cuts
 from lrvd_pyro.rank_space.removal import Cuts, slice_tensors
+from lrvd_pyro.rank_space.space import RankSpace
 
 __all__ = ["ClosedFormNoise", "RankGuide"]
 
@@ -100,6 +103,59 @@ class RankGuide(UniqueModule):
         # guide's too.
         self.space = model.space
         self.linearized_scale = linearized_scale
+        self._built_on = model.space.lineage[-1]
+
+    def paired_with(self, model: RankModel) -> "RankGuide":
+        """This guide as it reads a model: the one it was built on, or a copy of that.
+
+        Where both were copied apart, as by torch's AveragedModel, the guide's copy has
+        a copy of the model that nobody trains or averages. What is returned shares the
+        parameters of this guide and reads the given model.
+
+        Wrong for a guide that reaches its model by a closure. Let it keep the model's
+        ``space`` or a bound method, as an attribute or in a list, tuple or dict.
+
+        Example::
+
+            averages = AveragedModel(model), AveragedModel(guide)
+            ...
+            averages[1].module.paired_with(averages[0].module).log_alpha
+
+        Args:
+            model: The model.
+
+        Returns:
+            This very guide, if it reads that model.
+
+        Raises:
+            ValueError: If the guide was built on another model, or one of the two was
+                pruned without the other.
+        """
+        if model.space is self.space:
+            return self
+        if self._built_on not in model.space.lineage:
+            raise ValueError(
+                f"the guide was built on another model; pass both as they were "
+                f"trained, or copies of both, or build it on this one: "
+                f"{type(self).__name__}(model)"
+            )
+        if self.space.origin != model.space.origin:
+            raise ValueError(
+                f"guide and model are copies with {self.space.size} and "
+                f"{model.space.size} rank components, since one was pruned without the "
+                f"other; copy both again: copy.deepcopy((model, guide))"
+            )
+
+        def relinked(leaf: object) -> object:
+            if isinstance(leaf, MethodType):
+                return MethodType(leaf.__func__, relinked(leaf.__self__))
+            if isinstance(leaf, RankModel):
+                return model
+            return model.space if isinstance(leaf, RankSpace) else leaf
+
+        guide = object.__new__(type(self))
+        vars(guide).update(tree_map(relinked, vars(self)))
+        return guide
 
     @abstractmethod
     def forward(self, *args: object, **batch: object) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from lrvd_pyro.guides.limits import refuse_large
 from lrvd_pyro.inference.param_store import give_own_name, waits_for_first_call
 from lrvd_pyro.likelihoods.base import curvature_of
 from lrvd_pyro.models.base import RankModel, evaluating
+from lrvd_pyro.models.singles import separable
 
 __all__ = ["FisherLaplace", "gate_fisher"]
 
@@ -150,22 +151,21 @@ def gate_fisher(model: RankModel, gate: Tensor, batches: Iterable[Batch]) -> Ten
         F, in nats per data set and squared unit of the gate.
 
     Raises:
-        ValueError: If no batch is given, or the network takes no gate per example
-            (DoRA; layers whose first axis is not the batch).
+        ValueError: If no batch is given, or as `separable` raises it.
     """
     likelihood = curvature_of(model.likelihood, "the Fisher information of gates")
     total, count = gate.new_zeros(len(gate), len(gate)), 0
-    for batch in batches:
-        inputs = without_labels(batch)
-        gates = gate_rows(gate, inputs)
-        with torch.enable_grad(), evaluating(model), model.bind(gates):
-            roots = likelihood.fisher_roots(model.predictions(**inputs))
-        # An example's gates move its own roots only, so that the gradient of the sum
-        # over examples has one row for each of them.
-        for root in roots.sum(0):
-            (gradient,) = torch.autograd.grad(root, gates, retain_graph=True)
-            total += gradient.T @ gradient
-        count += len(gates)
+    with torch.enable_grad(), evaluating(model):
+        for batch in separable(model, batches):
+            gates = gate_rows(gate, batch)
+            with model.bind(gates):
+                predictions = model.predictions(**without_labels(batch))
+            # An example's gates move its own roots only, so that the gradient of the
+            # sum over examples has one row for each of them.
+            for root in likelihood.fisher_roots(predictions).sum(0):
+                (gradient,) = torch.autograd.grad(root, gates, retain_graph=True)
+                total += gradient.T @ gradient
+            count += len(gates)
     if count == 0:
         raise ValueError("got no batches; expected the training set")
     return total * model.num_data / count

@@ -36,7 +36,8 @@ class TiedDiagonal(WeightNoise):
 
     Attributes:
         log_variance: The log of ``sigma_i^2``, (R,): the guide's only parameter. The
-            means are the network's own weights, parameters of the model.
+            means are the network's own weights, parameters of the model: a copy of the
+            guide alone reads old ones until `RankGuide.paired_with` gives it a model.
 
     Raises:
         TypeError: If ``model`` is another one.

@@ -56,7 +56,7 @@ class WeightNoise(RankGuide):
         offsets = [n * self.space.size * apart for n in range(len(self.space.sides))]
         owner = torch.cat([o + n for o, n in zip(self._components(), offsets)])
         self.register_buffer("owner", owner, persistent=False)
-        signal = _log_mean_squares(owner, self.mean())
+        signal = _log_mean_squares(owner, self.mean(), self.blocks * self.space.size)
         self.log_variance = nn.Parameter(init_log_alpha + signal)
 
     def forward(self, *args: object, **batch: object) -> dict[str, Tensor]:
@@ -77,8 +77,8 @@ class WeightNoise(RankGuide):
         """``sigma_i^2 d / ||a_i||^2`` with its graph, (R,), summed over the sides."""
         log_variance = walled(self.log_variance, *self.bounds).view(self.blocks, -1)
         weights = [self.space.flatten(side) for side in self.space.sides]
-        pairs = zip(self._components(), weights)
-        signals = torch.stack([_log_mean_squares(*pair) for pair in pairs])
+        size, pairs = self.space.size, zip(self._components(), weights)
+        signals = torch.stack([_log_mean_squares(*pair, size) for pair in pairs])
         return torch.exp(log_variance - signals).sum(0)
 
     def by_site(self, vector: Tensor) -> tuple[Tensor, ...]:
@@ -99,7 +99,7 @@ class WeightNoise(RankGuide):
 
     def log_signal(self) -> Tensor:
         """Log of the mean square of the weights that share each variance."""
-        return _log_mean_squares(self.owner, self.mean())
+        return _log_mean_squares(self.owner, self.mean(), len(self.log_variance))
 
     def _components(self) -> list[Tensor]:
         """The rank component of each weight, side by side."""
@@ -109,10 +109,11 @@ class WeightNoise(RankGuide):
         return [owner.to(space.device) for owner in owners]
 
 
-def _log_mean_squares(owner: Tensor, weights: Tensor) -> Tensor:
-    """Log of the mean square of the weights of each owner, numbered from 0."""
-    counts = owner.bincount()
-    squares = torch.zeros(len(counts), device=owner.device)
+def _log_mean_squares(owner: Tensor, weights: Tensor, size: int) -> Tensor:
+    """Log of the mean square of the weights of each owner, ``size`` of them."""
+    squares = torch.zeros(size, device=owner.device)
     elements = weights.detach().to(squares.dtype).square()
-    log: Tensor = (squares.index_add(0, owner, elements) / counts).log()
+    # bincount would wait for the device, to learn the length of its result
+    count = squares.index_add(0, owner, torch.ones_like(elements))
+    log: Tensor = (squares.index_add(0, owner, elements) / count).log()
     return log

@@ -12,6 +12,7 @@ from lrvd_pyro._numbers import check_count
 __all__ = [
     "Batch",
     "batch_size",
+    "check_alike",
     "check_several",
     "gate_rows",
     "opened",
@@ -26,6 +27,26 @@ def check_several(batches: object, call: str) -> None:
     # A dict is iterable too: its keys would be taken for batches.
     if isinstance(batches, Mapping):
         raise TypeError(f"batches is one batch; expected several: {call}")
+
+
+def check_alike(name: str, first: Tensor, later: Tensor) -> None:
+    """Raise unless two batches give a datum the same shape, so that they can be joined.
+
+    Args:
+        name: What the tensors are, for the message.
+        first: Of the first batch, ``B x ...``.
+        later: Of a later one, ``B' x ...``.
+
+    Raises:
+        ValueError: If their shapes differ beyond the first axis.
+    """
+    if first.shape[1:] != later.shape[1:]:
+        raise ValueError(
+            f"{name} of one datum have the shape {tuple(first.shape[1:])} in the first "
+            f"batch and {tuple(later.shape[1:])} in a later one; pad all batches to "
+            f"one length, tokenizer(..., padding='max_length', max_length=...), or "
+            f"give those of one length at a time"
+        )
 
 
 def opened(batches: Iterable[Batch], num_samples: int, call: str) -> Iterator[Batch]:
@@ -50,7 +71,12 @@ def opened(batches: Iterable[Batch], num_samples: int, call: str) -> Iterator[Ba
 
 
 def without_labels(batch: Batch) -> dict[str, Any]:
-    """The entries of a batch that the network itself takes."""
+    """The entries of a batch that the network itself takes.
+
+    Raises:
+        TypeError: If the batch is not a mapping.
+    """
+    _check_mapping(batch)
     return {name: value for name, value in batch.items() if name != "labels"}
 
 
@@ -73,9 +99,10 @@ def batch_size(batch: Batch) -> int:
     Without labels it is the length of the first tensor in the batch.
 
     Raises:
-        TypeError: If the batch holds no tensor.
+        TypeError: If the batch is not a mapping, or holds no tensor.
         ValueError: If that tensor is empty.
     """
+    _check_mapping(batch)
     for value in (batch.get("labels"), *batch.values()):
         if isinstance(value, torch.Tensor) and value.dim() > 0:
             if len(value) == 0:
@@ -84,4 +111,17 @@ def batch_size(batch: Batch) -> int:
     raise TypeError(
         f"the batch {sorted(batch)} holds no tensor; pass the tokenizer's tensors as "
         f"keywords: svi.step(**tokenizer(texts, return_tensors='pt'), labels=labels)"
+    )
+
+
+def _check_mapping(batch: object) -> None:
+    """Raise a TypeError that shows the way unless a batch is a mapping."""
+    if isinstance(batch, Mapping):
+        return
+    make = "{'input_ids': ..., 'labels': ...}"
+    if isinstance(batch, tuple | list):
+        make = "dict(zip(('input_ids', 'labels'), batch))"
+    raise TypeError(
+        f"a batch is a {type(batch).__name__}; expected a mapping of the network's "
+        f"keyword arguments, with or without labels: {make}"
     )

@@ -3,33 +3,35 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any, cast
 
 import pyro
 import torch
 from peft import PeftModel
 from pyro import poutine
-from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from lrvd_pyro._compat.pyro import name_of, plain_child
-from lrvd_pyro.batches import batch_size
+from lrvd_pyro.batches import Batch, batch_size, without_labels
+from lrvd_pyro.inference.input_errors import plain_errors
 from lrvd_pyro.inference.kl import latent_sites, scaled_log_prob
-from lrvd_pyro.inference.param_store import UniqueModule, check_registered
-from lrvd_pyro.inference.per_example import drawn_per_example
+from lrvd_pyro.inference.param_store import UniqueModule, register_trainable
 from lrvd_pyro.inference.threads import alone_in_pyro
 from lrvd_pyro.likelihoods.base import Likelihood, check_likelihood
 from lrvd_pyro.likelihoods.categorical import Categorical
 from lrvd_pyro.models.checks import (
-    FrozenAdapter,
-    check_labels,
+    check_call,
     check_mcmc,
     check_num_data,
+    check_rows_drawn,
+    logits_of,
     start_of,
 )
 from lrvd_pyro.models.factors import Factors, SiteLabels
+from lrvd_pyro.models.inputs import copied
+from lrvd_pyro.models.rows import RowCheck
+from lrvd_pyro.models.training_checks import TrainingChecks
 from lrvd_pyro.rank_space.cuts import named_cuts
 from lrvd_pyro.rank_space.removal import Cuts
 from lrvd_pyro.rank_space.rows import Side
@@ -41,8 +43,8 @@ __all__ = ["RankModel", "evaluating"]
 class RankModel(UniqueModule):
     """A PEFT network whose adapter is drawn before each forward pass.
 
-    A model is called with the batch as keyword arguments, as its network is. It
-    observes ``labels`` if they are given, and returns the network's predictions.
+    It takes the batch as keyword arguments, observes ``labels`` if they are given, and
+    returns the network's predictions.
 
     A subclass gives a word and three methods. `binds` says what is drawn. `draw` has
     the Pyro statements. `bind` puts the drawn value into the forward pass. `factors`
@@ -60,14 +62,13 @@ class RankModel(UniqueModule):
         net: A PEFT LoRA model, or a Transformers network after ``net.add_adapter``.
         num_data: The number of training examples N; a batch of B counts N/B times.
         prior: What `draw` uses; its parameters train and are saved.
-        likelihood: The distribution of labels given the network's logits; None takes
-            `Categorical`.
+        likelihood: Of labels given the network's logits; None takes `Categorical`.
         sides: The weights that `RankSpace.bind_weights` draws; gates need none.
         adapter: The adapter's name; None takes the single active one.
 
     Raises:
-        TypeError: If the likelihood lacks a method, a subclass one of the four, or
-            ``num_data`` is missing; as `RankSpace` raises it.
+        TypeError: If the likelihood or the subclass lacks a method, or ``num_data`` is
+            missing. And as `RankSpace` raises it.
 
     Example, in which B is random and A is a parameter::
 
@@ -114,10 +115,11 @@ class RankModel(UniqueModule):
         self.prior = prior
         self.likelihood = Categorical() if likelihood is None else likelihood
         check_likelihood(self.likelihood)
-        # The last refusals: the space puts hooks on the network.
+        # Last, since the space puts hooks on the network.
         self.space = RankSpace(net, adapter, sides=sides)
         self.net = net
-        self._frozen_adapter = FrozenAdapter()
+        self._training_checks = TrainingChecks()
+        self._rows = RowCheck()
 
     @property
     @abstractmethod
@@ -180,7 +182,7 @@ class RankModel(UniqueModule):
     @alone_in_pyro()
     def latent_sites(self) -> dict[str, Distribution]:
         """The prior distribution of each latent site, from one run."""
-        # A mere look: no random number is used up, and no outer handler sees it.
+        # A look: no random number is used up, and no outer handler sees it.
         with torch.random.fork_rng(), poutine.block(), poutine.trace() as run:
             self.draw()
         return {name: site["fn"] for name, site in latent_sites(run.trace).items()}
@@ -189,8 +191,8 @@ class RankModel(UniqueModule):
         """Where guides start each latent site: at the prior's ``start``, else at 1."""
         # At gate 1 the network is the trained LoRA. At gate 0 B would get no gradient.
         known, device = getattr(self.prior, "start", {}), self.space.device
-        sites = self.latent_sites().items()
-        return {n: start_of(n, fn, known.get(n, 1.0), device) for n, fn in sites}
+        laws = self.latent_sites().items()
+        return {n: start_of(n, law, known.get(n, 1.0), device) for n, law in laws}
 
     @alone_in_pyro()
     def value_at(self, latents: Mapping[str, Tensor]) -> Tensor:
@@ -222,54 +224,60 @@ class RankModel(UniqueModule):
         return torch.stack([scaled_log_prob(nodes[name]) for name in latents]).sum()
 
     @alone_in_pyro()
-    def forward(self, *, labels: Tensor | None = None, **inputs: object) -> Tensor:
+    def forward(
+        self, *args: object, labels: Tensor | None = None, **inputs: object
+    ) -> Tensor:
         """Draw the adapter, run the network, observe (or draw) the labels.
 
         Args:
+            args: Nothing.
             labels: The labels of the batch, ``B`` or as the likelihood has them.
             inputs: The network's own keyword arguments.
 
         Returns:
             The network's predictions, ``B x ...``.
+
+        Raises:
+            ValueError: If a draw per example would reach other examples.
         """
-        check_labels(labels)
-        size = batch_size({"labels": labels, **inputs})
-        check_mcmc(self.base_net, 0 if labels is None else size, self.num_data)
-        if labels is not None:
-            self._frozen_adapter.check(self.space)
+        batch = {"labels": labels, **inputs}
+        with plain_errors():
+            check_call(args, labels)
+            check_mcmc(self.base_net, batch, self.num_data)
+            if labels is not None:
+                self._training_checks.check(self.space)
         self._register_parameters()
         value = self.draw()
-        # Rows of several draws would be taken for rows of examples.
-        if value.dim() > 1 and not drawn_per_example():
-            raise ValueError(
-                f"the adapter was drawn with shape {tuple(value.shape)}, several draws "
-                f"at once; use Predictive(parallel=False) or lrvd_pyro.predict"
-            )
-        with self.bind(value):
-            predictions = self.predictions(**inputs)
-        self.likelihood(predictions, labels, self.num_data)
+        with plain_errors():
+            if value.dim() > 1:
+                check_rows_drawn(value, self.mixed_rows(batch))
+            with self.bind(value):
+                predictions = self.predictions(**inputs)
+            self.likelihood(predictions, labels, self.num_data)
         return predictions
 
     def predictions(self, **inputs: object) -> Tensor:
         """The network's logits under the draw that is bound at present, ``B x ...``.
 
         Args:
-            inputs: The network's own keyword arguments.
+            inputs: The network's own keyword arguments; each pass gets a copy of them.
 
         Raises:
-            TypeError: If the network returns neither a tensor nor something with
-                logits.
+            TypeError: If an argument cannot be copied, or the network returns neither a
+                tensor nor something with logits.
         """
-        again = partial(self.base_net, **inputs)
+
+        def again() -> object:
+            return self.base_net(**copied(inputs))
+
         output = again()
         self.space.check_fired(again)
-        logits = getattr(output, "logits", output)
-        if not isinstance(logits, Tensor):
-            raise TypeError(
-                f"the network returned a {type(output).__name__}; expected a tensor or "
-                f"an output with logits: net(**batch, return_dict=True), or a head"
-            )
-        return logits
+        return logits_of(output)
+
+    def mixed_rows(self, batch: Batch) -> str:
+        """Why a draw per example would reach other examples; empty if it would not."""
+        inputs, size = without_labels(batch), batch_size(batch)
+        return self._rows.reason(self.space, self.predictions, inputs, size)
 
     @property
     def base_net(self) -> PeftModel:
@@ -283,13 +291,8 @@ class RankModel(UniqueModule):
     def _register_parameters(self) -> None:
         """Show Pyro the trainable parameters, and only them."""
         # Pyro's local mode has no store: a torch optimizer reads the module instead.
-        if pyro.settings.get("module_local_params"):
-            return
-        for name, parameter in self.base_net.named_parameters():
-            if parameter.requires_grad:
-                path = param_with_module_name(f"{name_of(self)}.net", name)
-                pyro.param(path, parameter)
-                check_registered(path, parameter)
+        if not pyro.settings.get("module_local_params"):
+            register_trainable(f"{name_of(self)}.net", self.base_net)
 
 
 def evaluating(model: RankModel) -> AbstractContextManager[None]:

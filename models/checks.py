@@ -1,6 +1,5 @@
 """What models check about their arguments and their network."""
 
-import warnings
 from numbers import Integral
 from typing import Any
 
@@ -8,25 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from lrvd_pyro._compat.pyro import mcmc_is_running
-from lrvd_pyro.rank_space.space import RankSpace
+from lrvd_pyro.batches import Batch, batch_size
+from lrvd_pyro.inference.dropout import active_dropout
+from lrvd_pyro.inference.per_example import drawn_per_example
 
 __all__ = [
-    "FrozenAdapter",
+    "check_call",
     "check_gates",
-    "check_labels",
     "check_mcmc",
     "check_num_data",
+    "check_rows_drawn",
+    "logits_of",
     "start_of",
 ]
-
-_DROPOUT = (
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)
 
 
 def check_num_data(num_data: int | None) -> int:
@@ -61,8 +54,13 @@ def check_gates(model: object, needed_by: str, way_out: str) -> None:
         )
 
 
-def check_labels(labels: object) -> None:
-    """Raise a TypeError unless the labels are a tensor, or None."""
+def check_call(args: tuple[object, ...], labels: object) -> None:
+    """Raise a TypeError unless a batch came as keywords, its labels as a tensor."""
+    if args:
+        raise TypeError(
+            f"got a {type(args[0]).__name__}; expected the batch as keywords, of a "
+            f"mapping: model(**batch), svi.step(**batch)"
+        )
     if labels is not None and not isinstance(labels, Tensor):
         raise TypeError(
             f"labels are a {type(labels).__name__}; expected a tensor with one "
@@ -70,31 +68,65 @@ def check_labels(labels: object) -> None:
         )
 
 
-def check_mcmc(net: nn.Module, size: int, num_data: int) -> None:
+def check_mcmc(net: nn.Module, batch: Batch, num_data: int) -> None:
     """Raise where Pyro's MCMC runs, and would sample another posterior in silence.
 
     Args:
         net: The network that the model runs.
-        size: The number of labels in the batch; 0 where there are none.
+        batch: Its batch, with or without labels.
         num_data: The number of training examples N.
 
     Raises:
+        TypeError: If the batch holds no tensor.
         ValueError: If the batch is not the whole data set, or dropout is on.
     """
+    size = batch_size(batch)
     if not mcmc_is_running():
         return
+    size = 0 if batch["labels"] is None else size
     if size != num_data:
         raise ValueError(
             f"MCMC runs the model on {size} labels out of num_data={num_data}, which "
             f"would sample another posterior (of none, the prior); pass all data: "
             f"MCMC(NUTS(model), ...).run(**whole), num_data=len(whole['labels'])"
         )
-    dropout = (m for m in net.modules() if isinstance(m, _DROPOUT) and m.training)
-    if any(m.p > 0 for m in dropout):
+    if active_dropout(net):
         raise ValueError(
             "MCMC runs a network whose dropout is on, so that its density is random; "
             "call net.eval() first"
         )
+
+
+def check_rows_drawn(value: Tensor, mixed: str) -> None:
+    """Raise a ValueError unless the rows of a draw are those of examples.
+
+    Args:
+        value: What was drawn, ``B x ...``.
+        mixed: Why the network takes no draw per example; empty if it takes one.
+    """
+    # Rows of several draws would be taken for rows of examples.
+    if not drawn_per_example():
+        raise ValueError(
+            f"the adapter was drawn with shape {tuple(value.shape)}, several draws at "
+            f"once; use Predictive(parallel=False) or lrvd_pyro.predict"
+        )
+    if mixed:
+        raise ValueError(f'{mixed}; draw per batch: RankELBO(noise="batch")')
+
+
+def logits_of(output: object) -> Tensor:
+    """The logits of a network's output, or the output itself if it is a tensor.
+
+    Raises:
+        TypeError: If the output is neither a tensor nor something with logits.
+    """
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"the network returned a {type(output).__name__}; expected a tensor or "
+            f"an output with logits: net(**batch, return_dict=True), or a head"
+        )
+    return logits
 
 
 def start_of(site: str, prior: Any, number: float, device: torch.device) -> Tensor:
@@ -115,7 +147,9 @@ def start_of(site: str, prior: Any, number: float, device: torch.device) -> Tens
     value = torch.full(prior.event_shape, number, device=device)
     support, step = prior.support, 1e-3 * min(1.0, abs(number) or 1.0)
     around = (value - step, value + step)
-    if support.is_discrete or all(support.check(each).all() for each in around):
+    # The meta device has no numbers to compare.
+    known = support.is_discrete or value.is_meta
+    if known or all(support.check(each).all() for each in around):
         return value
     within = prior.sample().flatten()[0]
     raise ValueError(
@@ -123,31 +157,3 @@ def start_of(site: str, prior: Any, number: float, device: torch.device) -> Tens
         f"support {support}; give the prior another start, such as a draw of its own: "
         f"prior.start = {{{site!r}: {within:.2g}}}"
     )
-
-
-class FrozenAdapter:
-    """Warns once, at the first training step, of an adapter that was loaded frozen.
-
-    PEFT loads adapters frozen by default, and marks their configuration so. Weights
-    that the user froze have no such mark.
-    """
-
-    def __init__(self) -> None:
-        self._checked = False
-
-    def check(self, space: RankSpace) -> None:
-        """Warn if this pass trains and the adapter does not."""
-        # MCMC draws gates over an adapter that stays as it is.
-        if self._checked or not torch.is_grad_enabled() or mcmc_is_running():
-            return
-        self._checked = True
-        weights = [*space.weights("lora_A"), *space.weights("lora_B")]
-        loaded = space.net.peft_config[space.adapter].inference_mode
-        if loaded and weights and not any(weight.requires_grad for weight in weights):
-            warnings.warn(
-                f"all weights of adapter {space.adapter!r} are frozen, as PEFT loads "
-                f"them, and training leaves them as they are; to train them, "
-                f"PeftModel.from_pretrained(base, folder, is_trainable=True); to train "
-                f"the guide alone, load them so and call net.requires_grad_(False)",
-                stacklevel=2,
-            )

@@ -96,7 +96,7 @@ class FactorLoRA(RankModel):
         """Draw the weights, ``K``; ``B x K`` when drawn per example."""
         weights = [w for side in self.space.sides for w in self.space.weights(side)]
         size = sum(w.numel() for w in weights)
-        value: Tensor = self.prior.sample("factor", size)
+        value: Tensor = self.prior.sample("factor", size, self.space.device)
         return value
 
     def bind(self, value: Tensor) -> AbstractContextManager[None]:

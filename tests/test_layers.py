@@ -14,7 +14,7 @@ import lrvd_pyro
 ROOT = Path(__file__).parents[1]
 LAYERS = [
     ("_numbers",),
-    ("_version", "_compat", "batches", "threads"),
+    ("_version", "_compat", "autocast", "batches", "threads"),
     ("rank_space", "distributions", "likelihoods"),
     ("inference",),
     ("optim",),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyro
 import pytest
-from families import GAUSSIAN_SCALE, GUIDES, PRIORS
+from families import GUIDES, PRIORS, REFUSED
 from nets import bert, tokens
 from pyro import poutine
 
@@ -22,11 +22,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:no closed form")
 
 
 DRIVERS = list(product(["svi", "torch"], ["example", "batch"]))
-REFUSED = {
-    *product(["LogUniform()", "LogUniform(8.0)"], ["delta", "iaf", "laplace"]),
-    *product(["ARD()", GAUSSIAN_SCALE], ["delta", "laplace"]),
-    ("Hierarchical()", "delta"),
-}
 RESULTS = Path(__file__).parents[1] / "examples" / "results" / "README.md"
 
 

@@ -4,7 +4,8 @@ from argparse import Namespace
 from functools import partial
 
 from pyro.distributions import Normal
-from quickstart import Task, lora_network
+from quickstart import lora_network
+from quickstart_task import Task
 from recipes.add_prior import laplace
 from swap_prior import run
 from swapping import compare, fit, score
@@ -21,7 +22,7 @@ def row(task: Task, args: Namespace) -> dict[str, float]:
     )
     guide = RankDiagonal(model)
     seconds = fit("Laplace", model, guide, task, args)
-    return score(model, guide, task) | {"seconds": seconds}
+    return score(model, guide, task, args) | {"seconds": seconds}
 
 
 if __name__ == "__main__":

@@ -47,7 +47,9 @@ def unloaded(net: nn.Module, merge: Sequence[str] = ()) -> Any:
         The network without PEFT; trained heads stay, as in ``PeftModel.unload``.
     """
     if isinstance(net, PeftModel):
-        return net.merge_and_unload(adapter_names=[*merge]) if merge else net.unload()
+        plain = net.merge_and_unload(adapter_names=[*merge]) if merge else net.unload()
+        forget_adapters(plain)
+        return plain
     kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     wrapped = {name: m for name, m in net.named_modules() if isinstance(m, kinds)}
     for name, module in wrapped.items():

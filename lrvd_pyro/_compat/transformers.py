@@ -11,6 +11,7 @@ __all__ = [
     "checkpointing_blocks",
     "checkpointing_function",
     "forget_adapters",
+    "is_from_checkpoint",
     "set_checkpointing_function",
 ]
 
@@ -57,3 +58,11 @@ def forget_adapters(net: nn.Module) -> None:
     """
     if isinstance(net, PreTrainedModel):
         net._hf_peft_config_loaded = False
+
+
+def is_from_checkpoint(parameter: nn.Parameter) -> bool:
+    """Whether ``from_pretrained`` found the values of a parameter in its checkpoint.
+
+    Private, since ``output_loading_info`` tells it only to the caller that loads.
+    """
+    return bool(getattr(parameter, "_is_hf_initialized", False))

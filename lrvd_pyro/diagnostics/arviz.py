@@ -6,11 +6,18 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from lrvd_pyro.batches import Batch, batch_size, opened, without_labels
+from lrvd_pyro.batches import (
+    Batch,
+    batch_size,
+    check_alike,
+    opened,
+    without_labels,
+)
+from lrvd_pyro.inference.pairs import paired
 from lrvd_pyro.inference.programs import Guide
+from lrvd_pyro.inference.terms import log_prob_by_datum
 from lrvd_pyro.inference.threads import alone_in_pyro
 from lrvd_pyro.likelihoods.base import precise
 from lrvd_pyro.models.base import RankModel, evaluating
@@ -34,6 +41,7 @@ def to_arviz(
     *,
     seed: int = 0,
     posterior_samples: Mapping[str, Tensor] | None = None,
+    test_batches: Iterable[Batch] | None = None,
 ) -> Any:
     """Give draws of the posterior, and what they say of labeled data, to ArviZ.
 
@@ -43,7 +51,10 @@ def to_arviz(
     - ``posterior_predictive``: ``labels``, drawn under each draw;
     - ``log_likelihood``: ``log p(y_i | x_i, z_s)`` of each datum under each draw, in
       nats, not scaled to the data set;
-    - ``observed_data``: the labels;
+    - ``observed_data``: the labels. Several labels of one datum, as of tokens, have the
+      further dimensions ``labels_dim_0`` and so on; their log likelihoods add up;
+    - ``test_posterior_predictive``, ``test_log_likelihood`` and ``test_observed_data``:
+      the same three of ``test_batches``, under the same draws;
     - ``constant_data``: the guide's ``log_alpha``, if it has one.
 
     A vector with one entry per rank component has the dimension ``gate_id``, labeled as
@@ -57,15 +68,19 @@ def to_arviz(
     Chains of MCMC are laid end to end: take r-hat and ESS from ``mcmc.diagnostics()``,
     and give ``az.loo`` the ESS per draw as ``reff``.
 
+    Leave-one-out is about the data of the posterior: ``batches`` are the training set,
+    and ``az.loo`` reads ``log_likelihood`` alone. Other data go into ``test_batches``.
+
     Wrong as an estimate of prediction where A, B or the head were trained on the same
     data: leave-one-out removes a datum from the posterior, but not from the point
     parameters. It also takes the guide for the posterior.
 
     Memory is ``num_samples`` numbers per datum, twice, and the logits of one batch.
+    Pareto k above ``1 - 1 / log10(num_samples)`` in ``az.loo`` asks for more draws.
 
     Example::
 
-        data = to_arviz(model, guide, train_batches)
+        data = to_arviz(model, guide, train_batches, test_batches=test_batches)
         az.loo(data, reff=1)
         az.plot_forest(data.posterior.where(data.posterior.layer == 3, drop=True))
 
@@ -77,18 +92,23 @@ def to_arviz(
         seed: The seed; draws are those of `lrvd_pyro.predict` at the same seed.
         posterior_samples: Draws to use instead of the guide's, from
             `pyro.infer.Predictive` or MCMC: ``S x size`` by site. S is then theirs.
+        test_batches: Labeled batches that the posterior has not seen.
 
     Returns:
         An ``arviz.InferenceData``; from ArviZ 1 on, an ``xarray.DataTree``.
 
     Raises:
         ImportError: Without the ``arviz`` extra.
-        TypeError: If ``batches`` is one batch, or a batch holds no tensor.
-        ValueError: If there is no batch; if a batch has no labels; if ``num_samples``
-            is below 1; if the guide has no parameters yet; or if the draws lack a
-            latent site or differ in number.
+        TypeError: If ``batches`` is one batch, or a batch is not a mapping or holds no
+            tensor.
+        ValueError: If there is no batch; if a batch has no labels, or labels of another
+            shape per datum than the first one; if the likelihood has no site
+            ``labels``, or one without a row per datum; if ``num_samples`` is below 1;
+            if the guide has no parameters yet or was built on another model; or if the
+            draws lack a latent site or differ in number.
     """
     container = _container()
+    guide = paired(model, guide)
     call = "to_arviz(model, guide, [batch], num_samples=200)"
     stream = opened(batches, num_samples, call)
     first = next(stream)
@@ -96,18 +116,18 @@ def to_arviz(
         inputs, _ = _parted(first)
         draws = posterior_draws(model, guide, inputs, num_samples, posterior_samples)
         values = [model.value_at(latents).detach() for latents in draws]
-        parts = [_on_batch(model, values, batch) for batch in chain([first], stream)]
+        about = _about_data(model, values, chain([first], stream))
+        if test_batches is not None:
+            unseen = _about_data(model, values, opened(test_batches, num_samples, call))
+            about |= {f"test_{name}": group for name, group in unseen.items()}
         names = model.latent_sites()
-    labels, drawn, log_likelihood = (torch.cat(part, -1) for part in zip(*parts))
     latents = {name: torch.stack([z[name] for z in draws]) for name in names}
     if model.binds == "gates":
         latents["gate"] = torch.stack(values)
     sites = {name: _dimension(model, name, x) for name, x in latents.items()}
     groups: dict[str, _Variables] = {
         "posterior": {name: _drawn(x, sites[name]) for name, x in latents.items()},
-        "posterior_predictive": {"labels": _drawn(drawn, _DATUM)},
-        "log_likelihood": {"labels": _drawn(log_likelihood, _DATUM)},
-        "observed_data": {"labels": ((_DATUM,), _array(labels))},
+        **about,
     }
     log_alpha = getattr(guide, "log_alpha", None)
     if log_alpha is not None:
@@ -144,10 +164,31 @@ def _parted(batch: Batch) -> tuple[dict[str, Any], Tensor]:
     return without_labels(batch), labels
 
 
+def _about_data(
+    model: RankModel, values: list[Tensor], batches: Iterable[Batch]
+) -> dict[str, _Variables]:
+    """The groups that say something of each datum."""
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for batch in batches:
+        _, labels = _parted(batch)
+        check_alike("labels", parts[0][0] if parts else labels, labels)
+        parts.append(_on_batch(model, values, batch))
+    labels = torch.cat([part[0] for part in parts])
+    drawn, log_likelihood = (torch.cat([p[i] for p in parts], 1) for i in (1, 2))
+    return {
+        "posterior_predictive": {"labels": _drawn(drawn, *_data_dims(drawn[0]))},
+        "log_likelihood": {"labels": _drawn(log_likelihood, _DATUM)},
+        "observed_data": {"labels": (_data_dims(labels), _array(labels))},
+    }
+
+
 def _on_batch(
     model: RankModel, values: list[Tensor], batch: Batch
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels, ``B``; drawn labels and log likelihood, ``S x B``; all on the CPU."""
+    """Labels, ``B x ...``; drawn ones, ``S x B x ...``; log likelihoods, ``S x B``.
+
+    All are on the CPU.
+    """
     inputs, labels = _parted(batch)
     draws = [_under_one_draw(model, value, inputs, labels) for value in values]
     drawn, log_likelihood = (torch.stack(each) for each in zip(*draws))
@@ -157,16 +198,20 @@ def _on_batch(
 def _under_one_draw(
     model: RankModel, value: Tensor, inputs: dict[str, Any], labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Drawn labels and log likelihood under one draw, ``B`` each."""
+    """Drawn labels, ``B x ...``, and log likelihood, ``B``, under one draw."""
     with model.bind(value):
         predictions = model.predictions(**inputs)
     # A likelihood is a program, so the distribution of the labels is read from its
     # site. With the batch's size for N, a batch may be larger than the training set.
     with alone_in_pyro(), poutine.block(), poutine.trace() as run:
         model.likelihood(predictions, labels, len(labels))
-    site: Any = run.trace.nodes["labels"]
-    # By the mask, and not by the plate's scale: the density is per datum.
-    log_prob = scale_and_mask(site["fn"].log_prob(site["value"]), mask=site["mask"])
+    site: Any = run.trace.nodes.get("labels")
+    if site is None:
+        raise ValueError(
+            f"{type(model.likelihood).__name__} observes no site 'labels'; name it so: "
+            f"pyro.sample('labels', ..., obs=labels)"
+        )
+    log_prob = log_prob_by_datum(site, len(labels))
     return site["fn"].sample().cpu(), log_prob.cpu()
 
 
@@ -213,9 +258,14 @@ def _gate_labels(space: RankSpace) -> list[str]:
     return [f"{short[m]}[{i}]" for m, i in zip(places["module"], places["rank"])]
 
 
-def _drawn(values: Tensor, dimension: str) -> tuple[tuple[str, ...], Any]:
+def _drawn(values: Tensor, *dimensions: str) -> tuple[tuple[str, ...], Any]:
     """``S x ...`` draws as a variable in one chain."""
-    return (*_SAMPLE, dimension), _array(values)[None]
+    return (*_SAMPLE, *dimensions), _array(values)[None]
+
+
+def _data_dims(labels: Tensor) -> tuple[str, ...]:
+    """The dimensions of labels, ``n x ...``, under the names that ArviZ gives."""
+    return _DATUM, *(f"labels_dim_{i}" for i in range(labels.dim() - 1))
 
 
 def _dataset(variables: _Variables, coords: _Coords) -> Any:

@@ -7,16 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lrvd_pyro.diagnostics.bootstrap import (
-    Interval,
-    auroc,
-    grouped,
-    resampled,
-    sum_of_first,
-)
+from lrvd_pyro.diagnostics.bootstrap import Interval, auroc, resampled
+from lrvd_pyro.diagnostics.calibration_gaps import GapSums, gap_sums
 from lrvd_pyro.diagnostics.scores import (
-    BINS,
     calibration_bins,
+    check_flat,
     per_datum,
     risk_coverage,
     scores,
@@ -95,12 +90,12 @@ def calibration_report(
 
     An interval goes from the 2.5% to the 97.5% quantile over resamples of the data.
     Data in and out of distribution are resampled separately. Resamples in which an
-    AUROC is not defined do not count.
+    AUROC is not defined do not count. The two ECEs are biased upwards, and more so in a
+    resample. Their intervals are free of that bias (`GapSums.interval`): those of a
+    calibrated classifier reach down to 0.
 
     Wrong as the whole uncertainty: an interval has the noise of this test set, but not
-    that of training or of the posterior's draws. Wrong as an interval around ECE, which
-    is biased upwards, and more so in a resample: for a well calibrated classifier the
-    interval lies above the value.
+    that of training or of the posterior's draws.
 
     Example::
 
@@ -120,26 +115,30 @@ def calibration_report(
 
     Raises:
         TypeError: If a prediction is not a classifier's, or labels are not integers.
-        ValueError: If there is not one label in ``0 .. C - 1`` per datum, if a
-            prediction has no data, or if ``num_bootstrap`` is below 1.
+        ValueError: If there is not one prediction, or not one label in ``0 .. C - 1``,
+            per datum; if a prediction has no data; or if ``num_bootstrap`` is below 1.
         ImportError: Without the ``metrics`` extra.
 
     Source: torchmetrics (ECE) and scikit-learn (AUROC) for the values; AURC, Geifman
     and El-Yaniv (2017, arXiv 1705.08500); adaptive bins, Nguyen and O'Connor (2015,
-    arXiv 1508.05154).
+    arXiv 1508.05154); intervals of ECE, Carpenter (1999, J. R. Stat. Soc. B 61).
     """
     data = _Data.of(prediction, labels, out_of_distribution, num_bootstrap)
     everything = torch.ones(1, len(data.entropy), dtype=torch.double)
     values = {name: float(x) for name, x in _measure(data, everything).items()}
+    for name, sums in _gaps(data, everything).items():
+        values[name] = float(sums.errors())
     # Where torchmetrics or scikit-learn give a value, it is theirs. For the resamples
     # they would be too slow.
     values |= scores(data.probs, data.labels) | _aurocs(data)
-    measures = _bootstrap(data, num_bootstrap, seed)
+    measures, gaps = _bootstrap(data, num_bootstrap, seed)
     tails = torch.tensor([0.025, 0.975], dtype=torch.double)
     intervals = {
         name: Interval(values[name], *map(float, x.nanquantile(tails)))
         for name, x in measures.items()
     }
+    for name, sums in gaps.items():
+        intervals[name] = Interval(values[name], *sums.interval(values[name]))
     return CalibrationReport(num_data=len(labels), **intervals)
 
 
@@ -177,7 +176,7 @@ class _Data(NamedTuple):
 
 
 def _measure(data: _Data, weights: Tensor) -> dict[str, Tensor]:
-    """Every measure for b resamples, given as ``b x (n + m)`` counts; ``b`` each."""
+    """What has an interval of quantiles, ``b`` each, by ``b x (n + m)`` counts."""
     n, inside = len(data.labels), weights[:, : len(data.labels)]
     each = per_datum(data.probs, data.labels)
     confidence, hit = data.probs.amax(1), each["accuracy"]
@@ -185,12 +184,6 @@ def _measure(data: _Data, weights: Tensor) -> dict[str, Tensor]:
     each["aleatoric"] = each["entropy"] - each["epistemic"]
     means = (inside @ torch.stack([*each.values()], 1) / n).unbind(1)
     measures = dict(zip(each, means))
-    gap, bins = confidence - hit, calibration_bins(confidence)
-    # A confidence of exactly 1 lies beyond the last edge: it has a bin of its own.
-    measures["ece"] = (grouped(inside * gap, bins, BINS + 1) / n).abs().sum(1)
-    edges = torch.linspace(0, n, BINS + 1, dtype=torch.double)
-    gaps = sum_of_first(inside, gap, confidence, edges).diff(dim=1)
-    measures["adaptive_ece"] = (gaps / n).abs().sum(1)
     measures["aurc"] = risk_coverage(confidence, 1 - hit, inside).mean(1)
     measures["failure_auroc"] = auroc(inside, hit, confidence)
     if len(data.entropy) > n:
@@ -200,16 +193,28 @@ def _measure(data: _Data, weights: Tensor) -> dict[str, Tensor]:
     return measures
 
 
-def _bootstrap(data: _Data, number: int, seed: int) -> dict[str, Tensor]:
-    """`_measure` for a number of resamples, in chunks that fit into memory."""
+def _gaps(data: _Data, weights: Tensor) -> dict[str, GapSums]:
+    """What the two ECEs are sums of."""
+    hit = (data.probs.argmax(1) == data.labels).double()
+    return gap_sums(data.probs.amax(1), hit, weights[:, : len(data.labels)])
+
+
+def _bootstrap(
+    data: _Data, number: int, seed: int
+) -> tuple[dict[str, Tensor], dict[str, GapSums]]:
+    """Measures and gaps of a number of resamples, in chunks that fit into memory."""
     generator = torch.Generator().manual_seed(seed)
     n, total = len(data.labels), len(data.entropy)
-    chunks: list[dict[str, Tensor]] = []
+    chunks: list[tuple[dict[str, Tensor], dict[str, GapSums]]] = []
     for part in torch.arange(number).split(max(1, _CHUNK // total)):
         sizes = [size for size in (n, total - n) if size]
-        weights = [resampled(len(part), size, generator) for size in sizes]
-        chunks.append(_measure(data, torch.cat(weights, 1)))
-    return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+        weights = torch.cat([resampled(len(part), k, generator) for k in sizes], 1)
+        chunks.append((_measure(data, weights), _gaps(data, weights)))
+    measured, gaps = zip(*chunks)
+    return (
+        {name: torch.cat([chunk[name] for chunk in measured]) for name in measured[0]},
+        {name: GapSums.joined(chunk[name] for chunk in gaps) for name in gaps[0]},
+    )
 
 
 def _aurocs(data: _Data) -> dict[str, float]:
@@ -242,6 +247,7 @@ def _check(prediction: object, num_bootstrap: int) -> None:
             f"the prediction is a {type(prediction).__name__}; expected a "
             f"CategoricalPrediction: predict(model, guide, batches) of a classifier"
         )
+    check_flat(prediction.probs)
     if len(prediction.probs) < 1 or num_bootstrap < 1:
         raise ValueError(
             f"got a prediction for {len(prediction.probs)} data and "

@@ -5,7 +5,14 @@ from torch import Tensor
 
 from lrvd_pyro.diagnostics.bootstrap import sum_of_first
 
-__all__ = ["BINS", "calibration_bins", "per_datum", "risk_coverage", "scores"]
+__all__ = [
+    "BINS",
+    "calibration_bins",
+    "check_flat",
+    "per_datum",
+    "risk_coverage",
+    "scores",
+]
 
 BINS = 15
 
@@ -31,6 +38,7 @@ def scores(probs: Tensor, labels: Tensor, *, bins: int = BINS) -> dict[str, floa
         The four scores by name.
 
     Raises:
+        ValueError: If there is more than one prediction per datum.
         ImportError: Without the ``metrics`` extra.
 
     Source: torchmetrics (ECE; Naeini, Cooper and Hauskrecht 2015).
@@ -38,6 +46,7 @@ def scores(probs: Tensor, labels: Tensor, *, bins: int = BINS) -> dict[str, floa
     >>> scores(torch.eye(2), torch.tensor([0, 1]))["accuracy"]
     1.0
     """
+    check_flat(probs)
     try:
         from torchmetrics.functional.classification import multiclass_calibration_error
     except ImportError as error:
@@ -48,6 +57,17 @@ def scores(probs: Tensor, labels: Tensor, *, bins: int = BINS) -> dict[str, floa
     ece = multiclass_calibration_error(probs, labels, probs.shape[1], n_bins=bins)
     means = {name: float(x.mean()) for name, x in per_datum(probs, labels).items()}
     return means | {"ece": float(ece)}
+
+
+def check_flat(probs: Tensor) -> None:
+    """Raise a ValueError unless there is one row of class probabilities per datum."""
+    if probs.dim() != 2:
+        raise ValueError(
+            f"class probabilities have shape {tuple(probs.shape)}; expected n x C, one "
+            f"prediction per datum. Of token labels give those that count, kept = "
+            f"labels != -100: prediction[kept] (or its probs) and labels[kept]. "
+            f"Intervals then take tokens for independent data"
+        )
 
 
 def per_datum(probs: Tensor, labels: Tensor) -> dict[str, Tensor]:

@@ -45,6 +45,7 @@ class LogUniform(TorchDistribution):
     Source: Kingma, Salimans and Welling (2015, arXiv 1506.02557).
 
     Args:
+        device: Where the placeholder is made; None takes torch's default.
         validate_args: As in Pyro; None follows ``pyro.enable_validation``.
 
     >>> LogUniform().expand([3]).to_event(1).log_prob(torch.ones(3))
@@ -55,8 +56,14 @@ class LogUniform(TorchDistribution):
     support = constraints.real
     has_rsample = False
 
-    def __init__(self, *, validate_args: bool | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        device: torch.device | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
         super().__init__(torch.Size(), torch.Size(), validate_args=validate_args)
+        self.device = device
 
     def expand(
         self, batch_shape: Sequence[int], _instance: object = None
@@ -67,6 +74,7 @@ class LogUniform(TorchDistribution):
         new: LogUniform = self._get_checked_instance(LogUniform, _instance)  # type: ignore[no-untyped-call]
         TorchDistribution.__init__(new, torch.Size(batch_shape), validate_args=False)
         new._validate_args = self._validate_args
+        new.device = self.device
         return new
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
@@ -88,7 +96,8 @@ class LogUniform(TorchDistribution):
                 "Predictive(model, guide=guide, ...), or choose a proper prior: "
                 "priors.Normal()"
             )
-        return torch.ones(self._extended_shape(torch.Size(sample_shape)))
+        shape = self._extended_shape(torch.Size(sample_shape))
+        return torch.ones(shape, device=self.device)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """``-log|z| - 2.0541``, in nats; infinite at 0."""

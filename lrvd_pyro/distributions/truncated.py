@@ -21,11 +21,23 @@ class _ExpOnInterval(TorchDistribution):
     has_rsample = True
     low: Tensor
     high: Tensor
+    ends: tuple[Tensor, Tensor] | tuple[float, float]  # of the support
 
-    def __init__(self, validate_args: bool | None, **parameters: Tensor | float):
+    def __init__(
+        self,
+        validate_args: bool | None,
+        device: torch.device | None = None,
+        **parameters: Tensor | float,
+    ) -> None:
         values = broadcast_all(*parameters.values())
         for name, value in zip(parameters, values):
-            setattr(self, name, value)
+            setattr(self, name, value.to(device))
+        low, high = parameters["low"], parameters["high"]
+        # Numbers stay numbers: a guide that keeps the support may be moved elsewhere.
+        if isinstance(low, Tensor) or isinstance(high, Tensor):
+            self.ends = self.low.exp(), self.high.exp()
+        else:
+            self.ends = _exp(low), _exp(high)
         super().__init__(self.low.shape, validate_args=validate_args)
         width = self.high - self.low
         if self._validate_args and not ((width > 0) & width.isfinite()).all():
@@ -41,6 +53,7 @@ class _ExpOnInterval(TorchDistribution):
         shape = torch.Size(batch_shape)
         for name in self.arg_constraints:
             setattr(new, name, getattr(self, name).expand(shape))
+        new.ends = self.ends
         # torch's own pattern: __init__ would broadcast and check the parameters again
         TorchDistribution.__init__(new, shape, validate_args=False)
         new._validate_args = self._validate_args
@@ -49,7 +62,7 @@ class _ExpOnInterval(TorchDistribution):
     @constraints.dependent_property(is_discrete=False, event_dim=0)
     def support(self) -> constraints.Constraint:
         """The interval ``[e^low, e^high]``."""
-        return constraints.interval(self.low.exp(), self.high.exp())
+        return constraints.interval(*self.ends)
 
     @property
     def mean(self) -> Tensor:
@@ -75,7 +88,7 @@ class _ExpOnInterval(TorchDistribution):
         """The quantiles of probabilities in (0, 1), differentiable in all arguments."""
         z = self._log_icdf(value).exp()
         # rounding of exp can leave the support, where the density is 0
-        return z.clamp(self.low.exp(), self.high.exp())
+        return z.clamp(*self.ends)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log density in nats; minus infinity outside the support."""
@@ -98,6 +111,11 @@ class _ExpOnInterval(TorchDistribution):
         """``log E z^n``, in float64."""
 
 
+def _exp(x: float) -> float:
+    # As a tensor of the parameters' precision has it, which a clamp to it needs.
+    return float(torch.tensor(x, device="cpu").exp())
+
+
 class TruncatedLogUniform(_ExpOnInterval):
     """The proper log-uniform density ``p(z) = 1 / (z (high - low))``.
 
@@ -110,6 +128,7 @@ class TruncatedLogUniform(_ExpOnInterval):
     Args:
         low: Log of the smallest value, a number or ``batch_shape``.
         high: Log of the largest value, a number or ``batch_shape``.
+        device: Where it is, if both ends are numbers; None takes torch's default.
         validate_args: As in Pyro; None follows ``pyro.enable_validation``.
 
     Raises:
@@ -126,9 +145,10 @@ class TruncatedLogUniform(_ExpOnInterval):
         low: Tensor | float,
         high: Tensor | float,
         *,
+        device: torch.device | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        super().__init__(validate_args, low=low, high=high)
+        super().__init__(validate_args, device, low=low, high=high)
 
     def _log_density(self, x: Tensor) -> Tensor:
         return -(self.high - self.low).log()

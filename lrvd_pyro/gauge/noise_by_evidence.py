@@ -1,7 +1,6 @@
 """A trained pair, with the noise that the evidence allows."""
 
 import copy
-import math
 from collections.abc import Iterable
 from typing import Literal, get_args
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable
-from itertools import islice
 from typing import Any
 
 import torch
@@ -77,7 +76,9 @@ def sample_scale(
 def _divergence(model: RankModel, center: Tensor, drawn: Tensor) -> float:
     """The divergence summed over a batch, and averaged over draws."""
     laws = [_law(model, each) for each in (center, *drawn)]
-    return float(sum(kl_divergence(laws[0], law).sum() for law in laws[1:]) / len(drawn))
+    return float(
+        sum(kl_divergence(laws[0], law).sum() for law in laws[1:]) / len(drawn)
+    )
 
 
 def _law(model: RankModel, predictions: Tensor) -> Any:

@@ -62,6 +62,9 @@ class BalanceSchedule:
     The loss must be in nats per data set, as `RankELBO` gives it. A factor on it, such
     as 1/k of k micro-batches, is a factor on every t and changes no direction.
 
+    Rows that all examples share, as DeBERTa's position embeddings, count once a batch
+    here; in `gramians`, once an example.
+
     Wrong together with a `RankSchedule` of ``checks`` above 1: it counts by place, and
     balancing redistributes the places.
 

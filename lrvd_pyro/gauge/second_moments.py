@@ -19,9 +19,11 @@ from lrvd_pyro.batches import (
     without_labels,
 )
 from lrvd_pyro.gauge.token_sums import OVERFLOW, Sums, tapped
+from lrvd_pyro.inference.terms import log_prob_by_datum
 from lrvd_pyro.inference.threads import alone_in_pyro
 from lrvd_pyro.models.base import RankModel, evaluating
 from lrvd_pyro.models.checks import check_gates
+from lrvd_pyro.models.singles import separable
 from lrvd_pyro.predictive.draws import seeded
 
 __all__ = ["Gramians", "gramians", "seeded_by"]
@@ -100,7 +102,8 @@ def gramians(
     ``G = mean h h^T`` over tokens, and ``M = (N/n) sum g g^T`` over tokens and the n
     examples of ``batches``. Tokens whose gradient is exactly 0, such as padding, count
     in neither. The cost is one forward and one backward pass per batch, and O(r^2)
-    memory per module.
+    memory per module. Where a layer mixes the rows of examples, they run one at a time
+    (`separable`).
 
     Example::
 
@@ -129,7 +132,7 @@ def gramians(
         TypeError: If the model draws no gates, or ``batches`` is one batch.
         ValueError: If there are no batches, or a choice is not one of those above. If
             the likelihood cannot sample, or labels are missing. If a gradient is not
-            finite, or the network takes no gate per example (DoRA).
+            finite, or as `separable` raises it.
         RuntimeError: If the adapter is merged, disabled, inactive or deleted.
 
     Wrong as a curvature where tokens depend on each other, or gradients on activations:
@@ -145,16 +148,11 @@ def gramians(
     if gates not in get_args(_Gates):
         raise ValueError(f'gates={gates!r}; expected "ones" or "subsets"')
     check_several(batches, "gramians(model, [batch])")
-    if dora := model.space.dora:
-        raise ValueError(
-            f"the DoRA layer {dora[0]!r} takes one draw for the whole batch. No "
-            f"example has a gradient of its own there; use plain LoRA "
-            f"(LoraConfig(use_dora=False))"
-        )
     sums, count = Sums(model.space.ranks), 0
     fisher = torch.zeros(model.space.size, dtype=torch.float64)
     with evaluating(model), seeded_by(generator):
-        for batch in tqdm(batches, disable=not progress, desc="gramians"):
+        shown = tqdm(batches, disable=not progress, desc="gramians")
+        for batch in separable(model, shown):
             # The tokens of an example share its gate: they add up before the square.
             gradients = _gate_gradients(model, batch, labels, gates, sums)
             fisher += gradients.square().sum(0).cpu()
@@ -182,7 +180,7 @@ def _gate_gradients(
     observed = batch.get("labels") if labels == "observed" else None
     if labels == "observed" and observed is None:
         raise ValueError('a batch has no labels; expected labels, or labels="sampled"')
-    rows = gate_rows(model.space.ones(), inputs)
+    rows = gate_rows(model.space.ones(), batch)
     if gates == "subsets":
         # A uniform share makes all subset sizes equally likely, as Shapley weighs them.
         share = torch.rand_like(rows[:, :1])
@@ -205,7 +203,7 @@ def _log_likelihood(
             program = poutine.trace(model.likelihood)
             run = program.get_trace(predictions, labels, model.num_data)
         site: Any = run.nodes["labels"]
-        log_prob: Tensor = site["fn"].log_prob(site["value"].detach()).sum()
+        log_prob = log_prob_by_datum(site, len(predictions)).sum()
     except (NotImplementedError, KeyError) as error:
         raise ValueError(
             f"{type(model.likelihood).__name__} draws no site 'labels' ({error!r}); "

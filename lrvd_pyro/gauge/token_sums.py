@@ -121,4 +121,4 @@ class _Tap:
 
     def last(self, x: Tensor) -> Tensor:
         """Rank components moved to the last axis, where linear layers have them."""
-        return x.movedim(1, -1) if self.trailing else x
+        return x.movedim(-1 - self.trailing, -1)

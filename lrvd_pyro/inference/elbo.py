@@ -5,7 +5,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from numbers import Real
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -32,6 +32,8 @@ from lrvd_pyro.inference.gradients import (
     weakly,
 )
 from lrvd_pyro.inference.kl import divergence
+from lrvd_pyro.inference.noise import Noise, check_noise, draws_per_example
+from lrvd_pyro.inference.pairs import paired
 from lrvd_pyro.inference.param_store import check_name_is_free
 from lrvd_pyro.inference.per_example import Multiplicities, PerExample
 from lrvd_pyro.inference.programs import Guide, Program
@@ -74,7 +76,10 @@ class RankELBO(TraceMeanField_ELBO):
         noise: "example" draws the latents once per example of the batch, "batch" once
             for the whole batch. Both are unbiased. Once per example, the gradient of
             log alpha has the lower variance where the noise is large; see
-            examples/results/README.md.
+            examples/results/README.md. Some networks mix the rows of examples: layers
+            with the sequence first, stacked pairs, shared position embeddings. There
+            "auto" draws per batch, and one warning names the layer. "example" refuses.
+            The first step of a setting looks (`RowCheck`).
         num_particles: The number of independent draws to average over.
 
     Attributes:
@@ -86,9 +91,10 @@ class RankELBO(TraceMeanField_ELBO):
             ``weight_prior`` is a log density, weighted as the KL is.
 
     Raises:
-        ValueError: If an option is out of range, or the sites of guide and model do not
-            match. If the loss or a gradient is not finite: from `SVI.step`, or from
-            `check`.
+        ValueError: If an option is out of range. If the guide was built on another
+            model, or the sites of the two do not match. If ``noise="example"`` would
+            mix examples. If the loss or a gradient is not finite: from `SVI.step`, or
+            from `check`.
         TypeError: If the batch holds no tensor.
     """
 
@@ -96,11 +102,10 @@ class RankELBO(TraceMeanField_ELBO):
         self,
         *,
         kl_weight: float | Callable[[int], float] = 1.0,
-        noise: Literal["example", "batch"] = "example",
+        noise: Noise = "auto",
         num_particles: int = 1,
     ) -> None:
-        if noise not in ("example", "batch"):
-            raise ValueError(f'noise={noise!r}; expected "example" or "batch"')
+        check_noise(noise)
         number = isinstance(kl_weight, Real) and 0 <= kl_weight < math.inf
         if not number and not callable(kl_weight):
             raise ValueError(
@@ -139,10 +144,12 @@ class RankELBO(TraceMeanField_ELBO):
     ) -> float:
         """Estimate the loss without gradients, in nats per data set."""
         with torch.no_grad():
-            loss = float(self.differentiable_loss(model, guide, *args, **kwargs))
+            loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.is_meta:
+            return math.nan
         if wrong := self._infinite_term():
             raise refusal(wrong, self.step, "", {})
-        return loss
+        return float(loss)
 
     @alone_in_pyro()
     def differentiable_loss(
@@ -151,7 +158,8 @@ class RankELBO(TraceMeanField_ELBO):
         """Estimate the loss with its graph, in nats per data set.
 
         The call never waits for the device once Pyro's validation, which reads the
-        labels, is off: ``pyro.enable_validation(False)``.
+        labels, is off: ``pyro.enable_validation(False)``. So it runs on torch's device
+        ``meta``, on which `SVI.step` returns NaN: it has no numbers to check.
         """
         particles = self._particles(model, guide, args, kwargs)
         return torch.stack([loss for loss, _, _ in particles]).sum()
@@ -173,6 +181,8 @@ class RankELBO(TraceMeanField_ELBO):
             value = torch.stack(losses).sum()
             gradients.finish(scale)
             read = gradients.parameters
+            if value.is_meta:
+                return math.nan
             square = largest_square(read.values()).to(value.device)
             # The only reading of a step.
             number, largest = torch.stack([value, square]).tolist()
@@ -242,8 +252,10 @@ class RankELBO(TraceMeanField_ELBO):
         """One draw: the traces of model and guide, and the divergence of each site."""
         once: tuple[Any, Any] = ({}, {})
         size = 1
+        its_guide = paired(model, guide)
         self._set_up_guide(guide, args, kwargs)
-        if self.noise == "example":
+        guide = its_guide
+        if draws_per_example(self.noise, model, kwargs, self._warned):
             size = batch_size(kwargs)
             # Each program is wrapped by itself, and before replay. From outside, replay
             # would carry the guide's expanded sites into the model: a wrong loss.
@@ -269,7 +281,8 @@ class RankELBO(TraceMeanField_ELBO):
         """
         if guide not in self._set_up:
             check_name_is_free(guide)
-            with torch.random.fork_rng(), poutine.block():
+            # Without a graph, so that the trace that an AutoGuide keeps can be copied.
+            with torch.random.fork_rng(), poutine.block(), torch.no_grad():
                 guide(*args, **kwargs)
             self._set_up.add(guide)
 

@@ -24,8 +24,7 @@ NO_NOISE = (
 NO_GRADIENT = (
     "the loss has no gradient for the model's parameters {}: they stay as they are in "
     "this step. If training drops layers (layerdrop) or routes tokens to experts, "
-    "later steps reach them. If the guide was built on another model, build it on this "
-    "one: RankDiagonal(model)"
+    "later steps reach them"
 )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from lrvd_pyro._compat.torch import add_each, multiply_each
+from lrvd_pyro.autocast import autocast_dtype
 
 __all__ = [
     "Gradients",
@@ -56,11 +57,7 @@ def uses_float16(program: object) -> bool:
     Other precisions have the range of float32, so that their gradients stay as they are
     for whoever listens to them in the backward pass.
     """
-    if any(
-        torch.is_autocast_enabled(device)
-        and torch.get_autocast_dtype(device) is torch.float16
-        for device in ("cpu", "cuda")
-    ):
+    if any(autocast_dtype(device) is torch.float16 for device in ("cpu", "cuda")):
         return True
     if not isinstance(program, nn.Module):
         return False

@@ -189,6 +189,13 @@ def _match_pair(name: str, model_site: Site, guide_site: Site) -> None:
             f"site {name!r} has {q.event_dim} event dimensions in the guide and "
             f"{p.event_dim} in the model; write .to_event({p.event_dim}) in the guide"
         )
+    if p.event_shape != q.event_shape:
+        # A KL would broadcast one component over several.
+        raise ValueError(
+            f"site {name!r} has the event shape {tuple(q.event_shape)} in the guide "
+            f"and {tuple(p.event_shape)} in the model; build the guide on this model, "
+            f"RankDiagonal(model)"
+        )
     for what in ("scale", "mask"):
         # A closed-form KL takes these from the guide alone, so that a scale in the
         # model alone would change nothing. Identity first: values wait for the device.

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 import pyro
 from pyro.nn import PyroModule
+from pyro.params.param_store import param_with_module_name
 from torch import nn
 
 from lrvd_pyro._compat.pyro import (
@@ -23,6 +24,7 @@ __all__ = [
     "check_name_is_free",
     "check_registered",
     "give_own_name",
+    "register_trainable",
     "waits_for_first_call",
 ]
 
@@ -66,7 +68,6 @@ class UniqueModule(FreezableModule):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        start_as_root(self)
         give_own_name(self)
 
     def release(self) -> None:
@@ -90,7 +91,7 @@ def give_own_name(root: _Root) -> _Root:
     """Give a root module a name that no other object of this process has.
 
     Call it on Pyro's AutoGuides before their first call: an AutoGuide has the name of
-    its class, and so has every other guide of that class.
+    its class, and so has every other guide of that class. A copy of one has its name.
 
     Example::
 
@@ -102,6 +103,7 @@ def give_own_name(root: _Root) -> _Root:
     Returns:
         The same module.
     """
+    start_as_root(root)  # a copy has the mark that the original has run
     rename(root, _new_name(root))
     return root
 
@@ -161,7 +163,7 @@ def check_name_is_free(guide: Guide) -> None:
     if taken:
         raise RuntimeError(
             f"Pyro's store holds {sorted(taken)} of another guide, which this {name} "
-            f"would train instead of its own; call "
+            f"would read and train instead of its own; call "
             f"lrvd_pyro.inference.give_own_name(guide) before its first use, or "
             f"pyro.clear_param_store() before making both"
         )
@@ -182,3 +184,20 @@ def check_registered(name: str, parameter: nn.Parameter) -> None:
             f"train the present one (a parameter was replaced, or a store was loaded); "
             f"call release() on the model or guide to go on with its own values"
         )
+
+
+def register_trainable(root: str, module: nn.Module) -> None:
+    """Show Pyro the trainable parameters of a module, and only them.
+
+    Args:
+        root: The module's name in Pyro's store.
+        module: The module.
+
+    Raises:
+        RuntimeError: If the store holds another tensor under a parameter's name.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            path = param_with_module_name(root, name)
+            pyro.param(path, parameter)
+            check_registered(path, parameter)

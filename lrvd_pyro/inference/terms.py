@@ -2,12 +2,14 @@
 
 from typing import Any
 
+from pyro.distributions.util import scale_and_mask
 from pyro.poutine import Trace
 from torch import Tensor
 
 from lrvd_pyro.inference.kl import scaled_log_prob
+from lrvd_pyro.inference.programs import Site
 
-__all__ = ["add_mean", "observed_terms"]
+__all__ = ["add_mean", "log_prob_by_datum", "observed_terms"]
 
 
 def observed_terms(trace: Trace) -> dict[str, Tensor]:
@@ -24,6 +26,30 @@ def observed_terms(trace: Trace) -> dict[str, Tensor]:
         entry = "weight_prior" if is_prior else "log_likelihood"
         terms[entry] = terms.get(entry, 0.0) + scaled_log_prob(site)
     return terms
+
+
+def log_prob_by_datum(site: Site, size: int) -> Tensor:
+    """The log density of each datum's labels under the site's mask, ``B``, in nats.
+
+    It is not scaled to the data set. Several labels of one datum count together.
+
+    Args:
+        site: The site ``labels`` of a likelihood.
+        size: The number B of data.
+
+    Raises:
+        ValueError: If the densities have another first axis than the data.
+    """
+    log_prob = site["fn"].log_prob(site["value"].detach())
+    # By the mask, and not by the plate's scale.
+    each: Tensor = scale_and_mask(log_prob, mask=site["mask"])
+    if each.dim() == 0 or len(each) != size:
+        raise ValueError(
+            f"the log density of the labels has shape {tuple(each.shape)} for {size} "
+            f"data; expected one row per datum: in the likelihood, "
+            f"pyro.sample('labels', fn.to_event(labels.dim() - 1), obs=labels)"
+        )
+    return each.flatten(1).sum(1) if each.dim() > 1 else each
 
 
 def add_mean(totals: dict[str, Tensor], terms: dict[str, Tensor], count: int) -> None:

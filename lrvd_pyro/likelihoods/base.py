@@ -54,7 +54,8 @@ class Likelihood(Protocol):
 
         Args:
             predictions: The network's output for a batch, ``B x ...``.
-            labels: The labels, ``B`` or ``B x ...``.
+            labels: The labels, ``B`` or ``B x ...``. Several of one example belong to
+                one event: ``fn.to_event(labels.dim() - 1)``.
             num_data: The number N of examples in the data set.
         """
 

@@ -19,7 +19,9 @@ class CategoricalPrediction:
     """The posterior predictive of a classifier for n data, from S samples.
 
     Attributes:
-        probs: The class probabilities, averaged over the samples, ``n x C``.
+        probs: The class probabilities, averaged over the samples, ``n x C``. A network
+            with several predictions per datum gives ``n x ... x C``, and all other
+            fields have these dimensions too.
         entropy: The entropy of ``probs``, ``n``, in nats: the total uncertainty.
         mutual_information: The entropy of the mean minus the mean of the entropies,
             ``n``, in nats: the epistemic part of the uncertainty.
@@ -31,6 +33,26 @@ class CategoricalPrediction:
     entropy: Tensor
     mutual_information: Tensor
     samples: Tensor | None = None
+
+    def __getitem__(self, index: Tensor) -> "CategoricalPrediction":
+        """The prediction for some of the data, or for some tokens of all data.
+
+        Example::
+
+            kept = labels != -100
+            calibration_report(prediction[kept], labels[kept])
+
+        Args:
+            index: As of the labels: bool, ``n`` or ``n x ...``, or indices of data.
+        """
+        index = index.to(self.entropy.device)
+        samples = None if self.samples is None else self.samples[:, index]
+        return CategoricalPrediction(
+            self.probs[index],
+            self.entropy[index],
+            self.mutual_information[index],
+            samples,
+        )
 
 
 class Categorical:
@@ -74,7 +96,9 @@ class Categorical:
         if logits.dim() != 2 or labels.shape != logits.shape[:1]:
             raise ValueError(
                 f"labels have shape {tuple(labels.shape)} and logits "
-                f"{tuple(logits.shape)}; expected one label per row of logits"
+                f"{tuple(logits.shape)}; expected one label per row of logits. Several "
+                f"labels per example take a likelihood of your own, with "
+                f"fn.to_event(labels.dim() - 1): see likelihoods.Likelihood"
             )
         # Reading the labels makes the host wait for an accelerator at each step.
         if labels.device.type != "cpu" and not is_validation_enabled():

@@ -171,7 +171,9 @@ class AdamW(PyroOptim):
         self.torch_optim = self._make() if any(groups) else None
 
     def _make(self) -> torch.optim.AdamW:
-        optim = torch.optim.AdamW(self.groups, betas=self.betas, fused=True)
+        # torch has no fused kernel for the meta device.
+        fused = not any(p.is_meta for group in self.groups for p in group["params"])
+        optim = torch.optim.AdamW(self.groups, betas=self.betas, fused=fused)
         self.groups = optim.param_groups
         return optim
 

@@ -7,6 +7,7 @@ from pyro.optim import PyroOptim
 from torch import Tensor, nn
 
 from lrvd_pyro._numbers import check_rate
+from lrvd_pyro.inference.pairs import paired
 from lrvd_pyro.inference.param_store import check_has_parameters
 
 __all__ = ["GROUPS", "Optimizer", "group_of", "parameter_groups", "rates_of"]
@@ -73,10 +74,11 @@ def parameter_groups(
 
     Raises:
         TypeError: If ``guide`` is a function; its parameters are known to SVI alone.
-        ValueError: If ``guide`` is an AutoGuide that has no parameters yet, or a
-            learning rate is negative or not finite.
+        ValueError: If ``guide`` was built on another model, or is an AutoGuide that has
+            no parameters yet, or a learning rate is negative or not finite.
     """
     rates = rates_of(lr, head_lr, variational_lr)
+    paired(model, guide)
     instead = "use it with pyro.infer.SVI and lrvd_pyro.optim.AdamW"
     check_has_parameters(guide, "parameter_groups(model, guide)", instead)
     groups: dict[str, list[Tensor]] = {group: [] for group in GROUPS}

@@ -6,10 +6,12 @@ from contextlib import contextmanager
 import torch
 from pyro import poutine
 from torch import Tensor
+from torch.distributions import Distribution
 
 from lrvd_pyro.batches import Batch
 from lrvd_pyro.inference.kl import latent_sites
-from lrvd_pyro.inference.param_store import waits_for_first_call
+from lrvd_pyro.inference.pairs import paired
+from lrvd_pyro.inference.param_store import check_name_is_free, waits_for_first_call
 from lrvd_pyro.inference.programs import Guide
 from lrvd_pyro.inference.threads import alone_in_pyro
 from lrvd_pyro.models.base import RankModel
@@ -17,11 +19,11 @@ from lrvd_pyro.threads import one_at_a_time
 
 __all__ = [
     "bound_values",
-    "check_ready",
     "draw_latents",
+    "guide_draws",
     "posterior_draws",
+    "ready",
     "seeded",
-    "unstack",
 ]
 
 _Latents = dict[str, Tensor]  # one draw: the value of each latent site
@@ -37,27 +39,66 @@ def posterior_draws(
     """The caller's draws if there are any, else ``num_samples`` draws of the guide.
 
     Raises:
-        ValueError: As `unstack` or `check_ready` raises it.
+        ValueError: As `_unstack` or `guide_draws` raises it.
     """
-    if posterior_samples is not None:
-        return unstack(posterior_samples)
-    return [draw_latents(model, guide, batch) for _ in range(num_samples)]
+    if posterior_samples is None:
+        return [*guide_draws(model, guide, batch, num_samples)]
+    draws = _unstack(posterior_samples)
+    # `Predictive` gives more than the latent sites. One that lacks is refused later.
+    common = {n: fn for n, fn in model.latent_sites().items() if n in draws[0]}
+    _check_sites(common, {name: draws[0][name] for name in common})
+    return draws
+
+
+def guide_draws(
+    model: RankModel, guide: Guide | None, batch: Batch, count: int
+) -> Iterator[_Latents]:
+    """Draws of every latent site from the guide, one after another.
+
+    Raises:
+        TypeError: As `paired` raises it.
+        ValueError: If the guide has no parameters yet, was built on another model, or
+            draws other sites than the model has.
+        RuntimeError: If the guide is a copy of an AutoGuide, or another one, that has
+            no name of its own.
+    """
+    guide = ready(model, guide)
+    for number in range(count):
+        latents = _draw(guide, batch)
+        if number == 0:
+            _check_sites(model.latent_sites(), latents)
+        yield latents
+
+
+def draw_latents(model: RankModel, guide: Guide | None, batch: Batch) -> _Latents:
+    """One draw of every latent site; raises as `guide_draws` does."""
+    return next(guide_draws(model, guide, batch, 1))
 
 
 @alone_in_pyro()
-def draw_latents(model: RankModel, guide: Guide | None, batch: Batch) -> _Latents:
-    """One draw of every latent site from the guide.
-
-    Raises:
-        ValueError: As `check_ready` raises it.
-    """
-    check_ready(guide)
+def _draw(guide: Guide, batch: Batch) -> _Latents:
     trace = poutine.trace(guide).get_trace(**batch)
-    return {name: site["value"] for name, site in latent_sites(trace).items()}
+    return {
+        name: site["value"]
+        for name, site in latent_sites(trace).items()
+        if not site["infer"].get("is_auxiliary")
+    }
 
 
-def check_ready(guide: Guide | None) -> None:
-    """Raise a ValueError unless there is a guide that has its parameters."""
+def _check_sites(sites: Mapping[str, Distribution], latents: _Latents) -> None:
+    """Raise unless one draw has a value of the right shape for every latent site."""
+    expected = {name: tuple(fn.event_shape) for name, fn in sites.items()}
+    found = {name: tuple(value.shape) for name, value in latents.items()}
+    if found != expected:
+        raise ValueError(
+            f"the draws have the latent sites {found} and the model {expected}; a "
+            f"guide or posterior_samples of another model do not fit: pass those of "
+            f"this one, or train RankDiagonal(model)"
+        )
+
+
+def ready(model: RankModel, guide: Guide | None) -> Guide:
+    """The guide as it reads this model, checked to have its parameters."""
     if waits_for_first_call(guide):
         raise ValueError(
             f"{type(guide).__name__} has no parameters yet; train it first, "
@@ -65,6 +106,8 @@ def check_ready(guide: Guide | None) -> None:
         )
     if guide is None:
         raise ValueError("guide is None; give a guide or posterior_samples")
+    check_name_is_free(guide)
+    return paired(model, guide)
 
 
 def bound_values(model: RankModel, draws: Iterable[_Latents]) -> Tensor:
@@ -72,7 +115,7 @@ def bound_values(model: RankModel, draws: Iterable[_Latents]) -> Tensor:
     return torch.stack([model.value_at(latents).detach() for latents in draws])
 
 
-def unstack(samples: Mapping[str, Tensor]) -> list[_Latents]:
+def _unstack(samples: Mapping[str, Tensor]) -> list[_Latents]:
     """One dict per draw, from samples by site whose first axis runs over the draws.
 
     Raises:

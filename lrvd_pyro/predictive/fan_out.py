@@ -7,19 +7,21 @@ gate row per example.
 
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lrvd_pyro._compat.torch import is_compiled, tree_leaves, tree_map
+from lrvd_pyro._compat.torch import is_compiled, tree_leaves
 from lrvd_pyro.batches import batch_size
 from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.models.inputs import Uncopyable
+from lrvd_pyro.models.singles import by_row, resolution, with_rows
 from lrvd_pyro.predictive.prefix import Prefix
 from lrvd_pyro.rank_space.find import plain_net
 
-__all__ = ["FanOut", "fanned_out", "looped", "resolution", "trial"]
+__all__ = ["FanOut", "fanned_out", "looped", "trial"]
 
 _Inputs = dict[str, Any]  # tree_map looks into a dict, but takes other mappings whole
 _CPU_ROWS, _ROWS = 16, 256  # rows of a pass with several draws, by default
@@ -79,16 +81,17 @@ class FanOut:
 
     def _obstacle(self, batch: _Inputs, copies: int) -> str:
         """Why this model needs one plain pass per draw; empty if it does not."""
-        by_row = tuple(_by_row(leaf, batch_size(batch)) for leaf in tree_leaves(batch))
-        setting = (self.model.space.modules, resolution(self.model), by_row, copies)
+        rows = tuple(by_row(leaf, batch_size(batch)) for leaf in tree_leaves(batch))
+        setting = (self.model.space.modules, resolution(self.model), rows, copies)
         known = _tried.setdefault(self.model, {})
         if setting in known:
             return known[setting]
         reason = trial(self.model, self.values[[0, 1, -1]], batch, copies)
         if reason is None:
             return ""
-        if reason:
-            self.model.space.check_fired()  # else its error would be the reason below
+        # A pass that ended has been judged. Its error would be the reason below.
+        if reason and self.model.space.binding.passes:
+            self.model.space.check_fired()
         if reason and reason not in known.values():
             net = type(plain_net(self.model.base_net)).__name__
             warnings.warn(
@@ -111,18 +114,21 @@ def trial(model: RankModel, values: Tensor, batch: _Inputs, copies: int) -> str 
     """
     if is_compiled(model.base_net):
         return "it is compiled"
+    if values.is_meta:
+        return None  # the device has no numbers to compare
     if model.binds == "gates":
         # The posterior's own draws may lie too close together to tell rows apart. So
         # one gate has every component on, and two turn off one half each.
         half = torch.arange(values.shape[1], device=values.device) % 2
         values = torch.stack([torch.ones_like(half), half, 1 - half]).to(values)
-    few = _with_rows(batch, lambda rows: rows[:_TRIAL_EXAMPLES])
+    few = with_rows(batch, lambda rows: rows[:_TRIAL_EXAMPLES])
     try:
         expected, equal = looped(model, values, few), values[[1, 1, 1]]
         error = _largest(fanned_out(model, values, few, copies) - expected)
         rounding = _largest(fanned_out(model, equal, few, copies) - expected[1])
-    except torch.OutOfMemoryError:
-        # The next batch may find enough memory: no verdict must be remembered.
+    except (torch.OutOfMemoryError, Uncopyable):
+        # The next batch may find enough memory: no verdict must be remembered. And what
+        # cannot be copied stops plain passes too.
         raise
     except Exception as failure:
         # Any network may fail in any way on rows that it does not expect. One plain
@@ -156,18 +162,6 @@ def fanned_out(model: RankModel, values: Tensor, batch: _Inputs, copies: int) ->
     return torch.cat(outputs)
 
 
-def resolution(model: RankModel) -> float:
-    """The coarsest relative precision at work in the network."""
-    device = model.space.device.type
-    parameters = model.base_net.parameters()
-    dtypes = {p.dtype for p in parameters if p.is_floating_point()}
-    if torch.is_autocast_enabled(device):
-        dtypes.add(torch.get_autocast_dtype(device))
-    # Below "highest", torch may round float32 factors to TF32, of 10 mantissa bits.
-    exact = torch.get_float32_matmul_precision() == "highest"
-    return max(0.0 if exact else 2**-10, *(torch.finfo(d).eps for d in dtypes))
-
-
 def _takes_rows(model: RankModel) -> bool:
     """Whether a pass may hold several draws: gates, and no DoRA layer."""
     return model.binds == "gates" and not model.space.dora
@@ -183,22 +177,9 @@ def _stacked(model: RankModel, values: Tensor, batch: _Inputs) -> Tensor:
     if len(values) == 1:
         return _bound(model, values[0], batch)[None]
     copies, size = len(values), batch_size(batch)
-    rows = _with_rows(batch, lambda t: t.repeat(copies, *[1] * (t.dim() - 1)))
+    rows = with_rows(batch, lambda t: t.repeat(copies, *[1] * (t.dim() - 1)))
     output = _bound(model, values.repeat_interleave(size, 0), rows)
     return output.view(copies, size, *output.shape[1:])
-
-
-def _with_rows(batch: _Inputs, change: Callable[[Tensor], Tensor]) -> _Inputs:
-    """The batch with ``change`` made to every tensor that has a row per example."""
-    size = batch_size(batch)
-    changed: _Inputs = tree_map(
-        lambda leaf: change(leaf) if _by_row(leaf, size) else leaf, batch
-    )
-    return changed
-
-
-def _by_row(leaf: object, size: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == size
 
 
 def _largest(tensor: Tensor) -> float:

@@ -1,6 +1,5 @@
 """The network linearized in its gates: a Gaussian over what a likelihood looks at."""
 
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from lrvd_pyro.inference.threads import alone_in_pyro
 from lrvd_pyro.likelihoods.base import contrasts_of
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.models.checks import check_gates
-from lrvd_pyro.rank_space.find import plain_net
+from lrvd_pyro.models.singles import separable
 
 __all__ = [
     "GateGaussian",
@@ -32,11 +31,6 @@ __all__ = [
 _DRAWS, _CHUNK = 4096, 256
 _NODES = 1024  # points of the Gaussian over contrasts
 _WAY_OUT = 'predict(..., method="sample") needs none'
-
-# By model: its LoRA modules when its rows were seen not to depend on each other. The
-# keys are weak, so that the check does not keep a network in memory.
-_alone: weakref.WeakKeyDictionary[RankModel, tuple[str, ...]]
-_alone = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -110,6 +104,8 @@ class Linearized:
     scrambled Sobol sequence through the Gaussian quantiles, with mean and covariance
     made exact.
 
+    Where a layer mixes the rows of examples, they run one at a time (`separable`).
+
     The result is exact where the network is linear in the gates. Wrong when the
     posterior is wide enough to see the network's curvature.
 
@@ -118,8 +114,7 @@ class Linearized:
         gaussian: Mean and covariance of its gate.
 
     Raises:
-        ValueError: From the call, if rows of the model's first batch (and of its first
-            batch after pruning) depend on each other.
+        ValueError: From the call, if the examples of a batch see each other.
 
     Source: MacKay (1992), "The evidence framework applied to classification networks";
     Immer, Korzepa and Bauer (2021, arXiv 2008.08216).
@@ -140,33 +135,19 @@ class Linearized:
 
     def contrasts(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean ``B x K`` and covariance ``B x K x K`` of the contrasts of a batch."""
+        parts = [self._contrasts(part) for part in separable(self.model, [batch])]
+        means, covariances = zip(*parts, strict=True)
+        return torch.cat(means), torch.cat(covariances)
+
+    def _contrasts(self, batch: Batch) -> tuple[Tensor, Tensor]:
         parameter = self.model.space.weights("lora_A")[0]
-        gate = self.gaussian.mean.to(parameter)
-        gates = gate_rows(gate, batch)
+        gates = gate_rows(self.gaussian.mean.to(parameter), batch)
         with torch.enable_grad(), self.model.bind(gates):
             mean = self._likelihood.contrasts(self.model.predictions(**batch))
-            self._check_rows(mean, gates)
             # Each example has a gate row of its own. So one backward pass of a sum over
             # the batch gives the gradient of that contrast for every example.
             rows = [_gradient(contrast, gates) for contrast in mean.sum(0)]
         return mean.detach(), self.gaussian.project(torch.stack(rows, 1).to(mean))
-
-    def _check_rows(self, mean: Tensor, gates: Tensor) -> None:
-        """Raise if an example's gates move another example's contrasts."""
-        modules = self.model.space.modules
-        if _alone.get(self.model) == modules or len(gates) == 1:
-            return
-        first = _gradient(mean[0].sum(), gates).abs()
-        if bool(first[1:].max() > 1e-6 * first.max()):
-            raise ValueError(
-                f"in {type(plain_net(self.model.base_net)).__name__} the gates "
-                f"of one example move the predictions for another. Its rows see each "
-                f"other, or a layer has the batch on another axis than the first; "
-                f'predict(..., method="sample") takes one draw for all'
-            )
-        # While B = 0 no gate moves anything, and the check proves nothing.
-        if first.any():
-            _alone[self.model] = modules
 
 
 def check_linearizable(model: RankModel) -> None:

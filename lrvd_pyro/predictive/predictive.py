@@ -15,16 +15,23 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lrvd_pyro._numbers import check_count
-from lrvd_pyro.batches import Batch, batch_size, opened, without_labels
+from lrvd_pyro.batches import (
+    Batch,
+    batch_size,
+    check_alike,
+    opened,
+    without_labels,
+)
+from lrvd_pyro.inference.pairs import paired
 from lrvd_pyro.inference.programs import Guide
 from lrvd_pyro.models.base import RankModel, evaluating
 from lrvd_pyro.predictive.draws import (
     bound_values,
-    check_ready,
     draw_latents,
+    guide_draws,
     posterior_draws,
+    ready,
     seeded,
-    unstack,
 )
 from lrvd_pyro.predictive.fan_out import FanOut
 from lrvd_pyro.predictive.linearized import (
@@ -90,14 +97,15 @@ def predict(
         `NormalPrediction`, for instance.
 
     Raises:
-        TypeError: If ``batches`` is one batch, or a batch holds no tensor. Linearized
-            also for `FactorLoRA` and DoRA layers, which take no gate per example, and
-            for a likelihood without contrasts.
-        ValueError: If there is no batch, or the guide has no parameters yet. If
-            ``num_samples`` or ``max_batch`` is below 1, or ``method`` is neither of the
-            two. If the draws lack a latent site or differ in number. Linearized also if
-            there is only one draw, or if an example's gates move other examples'
-            predictions.
+        TypeError: If ``batches`` is one batch, or a batch is not a mapping or holds no
+            tensor. Linearized also for `FactorLoRA` and DoRA layers, which take no gate
+            per example, and for a likelihood without contrasts.
+        ValueError: If there is no batch, or a datum's prediction has another shape in
+            another batch, as of token labels at another length. If the guide has no
+            parameters yet, or was built on another model. If ``num_samples`` or
+            ``max_batch`` is below 1, or ``method`` is neither of the two. If the draws
+            lack a latent site or differ in number. Linearized also if there is only one
+            draw, or if examples see each other.
 
     Wrong when the posterior is wide, if linearized: it ignores curvature, and any shift
     that the noise causes in the mean (see examples/results/README.md).
@@ -105,6 +113,7 @@ def predict(
     Source: for the linearized predictive, MacKay (1992); Immer, Korzepa and Bauer
     (2021, arXiv 2008.08216); Daxberger et al. (2021, arXiv 2106.14806).
     """
+    guide = paired(model, guide)
     if method not in ("sample", "linearized"):
         raise ValueError(f'method={method!r}; expected "sample" or "linearized"')
     if method == "linearized":
@@ -128,7 +137,9 @@ def predict(
             for name, field in model.likelihood.summarize(outputs(batch)).items():
                 # S x n x ... outgrows memory where the other fields do not.
                 if name != "samples" or return_samples:
-                    fields.setdefault(name, []).append(field)
+                    parts = fields.setdefault(name, [])
+                    check_alike(name, (parts or [field])[0], field)
+                    parts.append(field)
     return model.likelihood.collect({k: torch.cat(v) for k, v in fields.items()})
 
 
@@ -151,10 +162,12 @@ def posterior_sample(
         seed: Seed of the draw; the random state is restored.
 
     Raises:
-        ValueError: If the guide has no parameters yet, or lacks a latent site.
+        ValueError: If the guide has no parameters yet, was built on another model, or
+            lacks a latent site.
     """
     with torch.no_grad(), seeded(seed):
-        value = model.value_at(draw_latents(model, guide, {}))
+        latents = draw_latents(model, guide, {})
+        value = model.value_at(latents)
     with model.bind(value):
         yield model.base_net
 
@@ -180,25 +193,28 @@ def posterior_mean(
         num_samples: The number of draws for guides without ``mean``.
 
     Raises:
-        ValueError: If the guide has no parameters yet, or lacks a latent site.
+        ValueError: If the guide has no parameters yet, was built on another model, or
+            lacks a latent site.
 
     Wrong as the mean of the predictions: the network is not linear in its adapter.
     `predict` averages predictions.
     """
-    with model.bind(mean_value(model, guide, num_samples)):
+    value = mean_value(model, guide, num_samples)
+    with model.bind(value):
         yield model.base_net
 
 
 def mean_value(model: RankModel, guide: Guide, num_samples: int = 1000) -> Tensor:
     """What the model binds at the posterior mean, `R` or `K`; see `posterior_mean`."""
     with torch.no_grad(), seeded(0):
+        guide = ready(model, guide)
         if hasattr(guide, "mean"):
             mean: Tensor = guide.mean()
             return mean
         check_count("num_samples", num_samples, 1, "posterior_mean(model, guide)")
         # The mean of what is bound, not what is bound at the mean: a gate may be a
         # product of latent sites.
-        draws = (draw_latents(model, guide, {}) for _ in range(num_samples))
+        draws = guide_draws(model, guide, {}, num_samples)
         return torch.stack([model.value_at(z) for z in draws]).mean(0)
 
 
@@ -215,8 +231,8 @@ def _gaussian(
     posterior_samples: Mapping[str, Tensor] | None,
 ) -> GateGaussian:
     """The gate's mean and covariance, from the caller's draws or from the guide."""
+    draws = posterior_draws(model, guide, batch, 1, posterior_samples)
     if posterior_samples is not None:
-        return GateGaussian.of_draws(bound_values(model, unstack(posterior_samples)))
-    check_ready(guide)
-    assert guide is not None  # check_ready refuses None
+        return GateGaussian.of_draws(bound_values(model, draws))
+    assert guide is not None  # else there were no draws
     return gate_gaussian(model, guide, batch)

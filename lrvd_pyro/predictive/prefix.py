@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lrvd_pyro._compat.torch import tree_leaves, tree_map
+from lrvd_pyro.models.inputs import copied
 from lrvd_pyro.rank_space.space import RankSpace
 
 __all__ = ["Prefix"]
@@ -171,5 +172,5 @@ def _lengths(tree: object) -> list[int]:
 
 
 def _copy(leaf: object) -> object:
-    """A copy of a tensor, which the network may write to in place."""
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+    """A copy of an output, which the network may change."""
+    return copied({"output": leaf})["output"]

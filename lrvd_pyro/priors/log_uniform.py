@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import pyro
+import torch
 from pyro import distributions as dist
 from torch import Tensor
 
@@ -46,11 +47,19 @@ class LogUniform:
         self.multiplicity = positive("multiplicity", multiplicity)
 
     def __call__(self, space: RankSpace) -> Tensor:
-        return self.sample("gate", space.size)
+        return self.sample("gate", space.size, space.device)
 
-    def sample(self, site: str, size: int) -> Tensor:
-        """Draw a vector of ``size`` components as one site."""
-        prior = distributions.LogUniform().expand([size])
+    def sample(
+        self, site: str, size: int, device: torch.device | None = None
+    ) -> Tensor:
+        """Draw a vector of ``size`` components as one site.
+
+        Args:
+            site: The site's name.
+            size: The number of components.
+            device: Where a draw without guide is made; None takes torch's default.
+        """
+        prior = distributions.LogUniform(device=device).expand([size])
         independent: dist.TorchDistribution = prior.to_event(1)  # type: ignore[no-untyped-call]
         # The multiplicity is a mark: a scale in the model alone would not reach the KL.
         infer: Any = {"multiplicity": self.multiplicity}
@@ -87,6 +96,6 @@ class TruncatedLogUniform:
         self.low, self.high = low, high
 
     def __call__(self, space: RankSpace) -> Tensor:
-        each = space.ones()
-        prior = distributions.TruncatedLogUniform(self.low * each, self.high * each)
-        return sample_site("gate", prior)
+        low, high, device = self.low, self.high, space.device
+        prior = distributions.TruncatedLogUniform(low, high, device=device)
+        return sample_site("gate", prior.expand([space.size]))

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["check_rows", "output_of"]
+__all__ = ["output_of", "row_count", "spread"]
 
 
 def output_of(module: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -32,13 +32,44 @@ def output_of(module: Any, x: Tensor, weight: Tensor) -> Tensor:
     return _convolve(module, x, weight, module.bias, module.groups)
 
 
-def check_rows(examples: int, rows: int) -> None:
+def row_count(x: Tensor, trailing: int) -> int:
+    """The rows of a layer's input: its first axis; 1 for an example without a batch.
+
+    Args:
+        x: The input, ``rows x ... x channels``, and an image's axes behind them.
+        trailing: The number of the image's axes; 0 for a linear layer.
+    """
+    return len(x) if x.dim() > 1 + trailing else 1
+
+
+def spread(values: Tensor, x: Tensor, trailing: int) -> Tensor:
+    """Values of each example, shaped to multiply a layer's input.
+
+    Args:
+        values: ``B x channels``.
+        x: The input, as `row_count` takes it. Each ``k`` rows share an example.
+        trailing: The number of the image's axes.
+
+    Raises:
+        ValueError: If the rows are not ``k B``.
+    """
+    rows = row_count(x, trailing)
+    _check_rows(len(values), rows)
+    copies = rows // len(values)
+    values = values if copies == 1 else values.repeat_interleave(copies, 0)
+    middle = x.dim() - 2 - trailing
+    if middle < 0:
+        return values.view(-1, *[1] * trailing)
+    return values.view(rows, *[1] * middle, -1, *[1] * trailing)
+
+
+def _check_rows(examples: int, rows: int) -> None:
     """Raise a ValueError unless ``rows`` is ``k`` times the number of examples."""
     if rows % examples:
         raise ValueError(
             f"the batch has {examples} examples, but a LoRA layer sees {rows} rows, "
-            f"which is not a multiple; draw once for the whole batch instead: "
-            f'RankELBO(noise="batch")'
+            f"which is not a multiple; one draw for the whole batch fits any rows: in "
+            f'training RankELBO(noise="batch")'
         )
 
 
@@ -46,13 +77,12 @@ def _by_example(module: Any, x: Tensor, weight: Tensor) -> Tensor:
     """The output without the bias, by a weight ``B x out x in x ...``."""
     examples, space = len(weight), weight.dim() - 3
     y: Tensor
+    _check_rows(examples, row_count(x, space))
     if not space:
-        check_rows(examples, len(x))
         y = x.reshape(examples, -1, x.shape[-1]) @ weight.mT
         return y.reshape(*x.shape[:-1], weight.shape[1])
     # an image without a batch axis is one row
     rows = x.reshape(-1, *x.shape[-1 - space :])
-    check_rows(examples, len(rows))
     rows = rows.unflatten(0, (examples, -1))
     if _is_pointwise(module):
         # a third of the time of a convolution in groups

@@ -10,6 +10,7 @@ from torch import nn
 
 from lrvd_pyro._compat.torch import compiled_original, convolves, is_compiled
 from lrvd_pyro.rank_space.constant import is_constant
+from lrvd_pyro.rank_space.stacked import refuse_nested, refuse_stacked
 
 __all__ = ["PREFIX", "active_adapters", "find_layers", "pick_adapter", "plain_net"]
 
@@ -58,7 +59,7 @@ def pick_adapter(net: nn.Module, adapter: str | None) -> str:
         adapter: The adapter's name; None takes the single active one.
 
     Raises:
-        TypeError: If ``net`` has no LoRA layers.
+        TypeError: If ``net`` has no LoRA layers, or one PEFT model is in another.
         ValueError: If the adapter is unknown, or if not exactly one is active.
     """
     if not _has_lora(net):
@@ -70,12 +71,16 @@ def pick_adapter(net: nn.Module, adapter: str | None) -> str:
             f"net is a {type(net).__name__}; expected a PEFT model, or a network with "
             f"LoRA layers: {way}"
         )
+    refuse_nested(net)
+    known: Any = net.peft_config
     if adapter is None:
         active = active_adapters(net)
         if len(active) != 1:
-            raise ValueError(f"adapters {active} are active; name one: adapter=...")
+            raise ValueError(
+                f"adapters {active} are active; expected one of {list(known)}: "
+                f"net.set_adapter(name)"
+            )
         return active[0]
-    known: Any = net.peft_config
     if adapter not in known:
         raise ValueError(
             f"adapter {adapter!r} is unknown; the network has {list(known)}"
@@ -92,8 +97,10 @@ def find_layers(net: nn.Module, adapter: str, *, weights: bool) -> dict[str, Lor
         weights: Whether weights A and B will be drawn.
 
     Raises:
-        TypeError: If a hook on a layer would do nothing or something else.
-        ValueError: If the adapter has no LoRA layer.
+        TypeError: If a hook on a layer would do nothing or something else, or an
+            adapter of another kind is in the network.
+        ValueError: If the adapter has no LoRA layer, shares weights between two, or is
+            not the only active one.
         RuntimeError: If ``net`` or a part of it is compiled already.
     """
     layers = {
@@ -110,6 +117,7 @@ def find_layers(net: nn.Module, adapter: str, *, weights: bool) -> dict[str, Lor
         _check_layer(name, layer, adapter)
         if weights and not is_constant(layer, adapter):
             _check_weights(name, layer, adapter)
+    refuse_stacked(net, adapter, layers)
     _refuse_attention_parts(net, layers)
     _warn_of_dropout(layers, adapter)
     if is_compiled(net):

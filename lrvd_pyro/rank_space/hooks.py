@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lrvd_pyro._compat.peft import caches_dora_norms
 from lrvd_pyro._compat.torch import forward_hooks
 from lrvd_pyro.rank_space.bank import Bank, Kind
-from lrvd_pyro.rank_space.drawn import check_rows, output_of
+from lrvd_pyro.rank_space.drawn import output_of, spread
 
 __all__ = ["GateHook", "WeightHook", "obstacle", "own_hooks"]
 
@@ -47,10 +47,8 @@ class GateHook:
         # In a linear layer h is rows x tokens x r. In a convolution it is rows x r x
         # space: there the rank axis has trailing axes.
         trailing = len(getattr(module, "kernel_size", ()))
-        middle = h.dim() - 2 - trailing
         if gate.dim() == 2:
-            gate = _repeat_rows(gate, h.shape[0])
-            gate = gate.view(len(gate), *[1] * middle, gate.shape[1], *[1] * trailing)
+            gate = spread(gate, h, trailing)
         else:
             gate = gate.view(-1, *[1] * trailing)
         if center is None:
@@ -96,13 +94,6 @@ def own_hooks(
         for key, hook in hooks.items()
         if getattr(hook, "bank", None) is bank
     ]
-
-
-def _repeat_rows(gate: Tensor, rows: int) -> Tensor:
-    """``B x r`` gates as ``rows x r``: each serves ``rows / B`` consecutive rows."""
-    check_rows(len(gate), rows)
-    copies = rows // len(gate)
-    return gate if copies == 1 else gate.repeat_interleave(copies, 0)
 
 
 def obstacle(layer: LoraLayer, adapter: str, gate: GateHook) -> tuple[str, str] | None:

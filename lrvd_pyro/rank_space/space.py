@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from uuid import uuid4
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -51,11 +52,14 @@ class RankSpace:
         size: The sum of the ranks.
         origin: The number of each rank component before any `select`.
         constants: LoRA modules by name that have no rank left, only a bias.
+        lineage: The names of the spaces that this is a copy of, its own name last.
 
     Raises:
-        TypeError: If ``net`` has no LoRA layers, or a layer kind cannot be gated; or
-            if ``sides`` are given while gates act about a center.
-        ValueError: If the adapter is unknown, ambiguous or has no LoRA layer.
+        TypeError: If ``net`` has no LoRA layers, or adapters of PEFT upon others; if a
+            layer kind cannot be gated; or if ``sides`` are given while gates act about
+            a center.
+        ValueError: If the adapter is unknown, ambiguous, has no LoRA layer, or is not
+            the only active one; or if two of its modules share weights.
         RuntimeError: If ``net`` or a part of it is compiled already.
     """
 
@@ -80,7 +84,12 @@ class RankSpace:
         self._groups = Groups(self.modules, self.ranks)
         self.origin = tuple(range(self.size))
         self.sides = sides
+        self.lineage: tuple[str, ...] = (uuid4().hex,)
         self.binding = Binding(net, self.adapter, layers, sides)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Copying and unpickling end here; texts survive both.
+        self.__dict__.update(state, lineage=(*state["lineage"], uuid4().hex))
 
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """A vector over the rank components, ``... x R``, as ``... x r`` by module."""

@@ -95,7 +95,7 @@ def check_pair(model: RankModel, guide: RankGuide) -> None:
 
     Raises:
         TypeError: If the guide is not a `RankGuide`.
-        ValueError: If it belongs to another model.
+        ValueError: If it belongs to another model, or was copied apart from this one.
     """
     if not isinstance(guide, RankGuide):
         raise TypeError(
@@ -103,9 +103,10 @@ def check_pair(model: RankModel, guide: RankGuide) -> None:
             f"has a noise of its own for each rank: RankDiagonal(model) for GateLoRA, "
             f"TiedDiagonal(model) for FactorLoRA"
         )
-    if guide.space is not model.space:
+    if guide.paired_with(model) is not guide:
         raise ValueError(
-            "the guide was built on another model; pass both as they were trained"
+            "guide and model were copied apart, so that a removal from one would not "
+            "reach the other; copy both at once: copy.deepcopy((model, guide))"
         )
 
 

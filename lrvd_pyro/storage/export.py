@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from lrvd_pyro._compat.peft import unloaded
 from lrvd_pyro._compat.transformers import attention_implementation
+from lrvd_pyro.autocast import autocast_dtype
 from lrvd_pyro.batches import Batch, without_labels
 from lrvd_pyro.inference.programs import Guide
 from lrvd_pyro.models.base import RankModel, evaluating
+from lrvd_pyro.models.inputs import copied
 from lrvd_pyro.predictive.predictive import posterior_mean
-from lrvd_pyro.rank_space.find import active_adapters, plain_net
+from lrvd_pyro.rank_space.find import plain_net
 from lrvd_pyro.storage.atomic import AnyPath, written_whole
 from lrvd_pyro.storage.mean_adapter import (
     MeanModule,
@@ -35,16 +37,18 @@ from lrvd_pyro.storage.peft_files import (
     live_config,
     lora_config,
     module_names,
-    plain_name,
     write_adapter,
+)
+from lrvd_pyro.storage.refusals import (
+    refuse_merging_shared,
+    refuse_other_adapters,
+    refuse_what_no_adapter_holds,
 )
 
 __all__ = ["export_peft", "merge", "plain_adapter"]
 
 _Mode = Literal["pruned", "padded", "merged"]
 
-# Initializations that subtract the first B A from the base weights.
-_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _HALF = {torch.bfloat16, torch.float16}
 _PARTS = ("lora_A.weight", "lora_B.weight", "lora_B.bias", "lora_B.center")
 
@@ -87,15 +91,16 @@ def export_peft(
     Raises:
         ValueError: If ``path`` is not empty; if nothing is left to export; if the
             adapter alone does not make the network; if "merged" meets a bias and a
-            layer without one; or if the probe's logits differ by more than 1e-5 of the
-            largest (2e-2 in half precision, autocast too). Nothing is written then.
+            layer without one, or a weight that two modules share; or if the probe's
+            logits differ by more than 1e-5 of the largest (2e-2 in half precision,
+            autocast too). Nothing is written then.
         TypeError: If a layer cannot be padded, or "merged" meets a network that is not
             a Transformers one.
         RuntimeError: If the adapter is merged, disabled, inactive or deleted.
     """
     if mode not in ("pruned", "padded", "merged"):
         raise ValueError(f'mode={mode!r}; expected "pruned", "padded" or "merged"')
-    _refuse_other_adapters(model)
+    refuse_other_adapters(model)
     with written_whole(path) as folder:
         if mode == "merged":
             merge(model, guide).save_pretrained(folder)
@@ -122,8 +127,8 @@ def plain_adapter(
         ValueError: If nothing is left, or the adapter alone does not make the network.
         TypeError: If a layer cannot be padded.
     """
-    _refuse_other_adapters(model)
-    _refuse_what_no_adapter_holds(model)
+    refuse_other_adapters(model)
+    refuse_what_no_adapter_holds(model)
     net, adapter = model.base_net, model.space.adapter
     means = mean_modules(model, guide, drop=drop)
     left = {name: mean for name, mean in means.items() if not is_nothing(mean)}
@@ -154,7 +159,8 @@ def merge(model: RankModel, guide: Guide) -> Any:
 
     Raises:
         TypeError: If the network is not a Transformers one.
-        ValueError: If the adapter has a bias where the layer has none.
+        ValueError: If the adapter has a bias where the layer has none, or changes a
+            weight that another module has too.
     """
     net, adapter = model.base_net, model.space.adapter
     if not hasattr(plain_net(net), "save_pretrained"):
@@ -162,6 +168,7 @@ def merge(model: RankModel, guide: Guide) -> Any:
             f'mode="merged" writes a Transformers network, and this one is a '
             f'{type(plain_net(net)).__name__}; use mode="pruned"'
         )
+    refuse_merging_shared(model)
     twin = copy.deepcopy(net)
     for name, mean in mean_modules(model, guide, drop=False).items():
         layer: Any = plain_net(twin).get_submodule(name)
@@ -193,40 +200,6 @@ def _lora_tensors(
     return tensors
 
 
-def _refuse_other_adapters(model: RankModel) -> None:
-    """Raise if another adapter shapes the logits too."""
-    active, adapter = active_adapters(model.base_net), model.space.adapter
-    if active != [adapter]:
-        raise ValueError(
-            f"adapters {active} are active, but {adapter!r} alone would be "
-            f"written; call net.set_adapter({adapter!r})"
-        )
-
-
-def _refuse_what_no_adapter_holds(model: RankModel) -> None:
-    """Raise if base and adapter do not make the network."""
-    net, adapter = model.base_net, model.space.adapter
-    start = live_config(model).init_lora_weights
-    if isinstance(start, str) and start.lower().startswith(_MOVES_BASE):
-        raise ValueError(
-            f"init_lora_weights={start!r} changed the base weights, and an adapter "
-            f'does not bring them along; use export_peft(..., mode="merged")'
-        )
-    in_adapter = set(adapter_state(net, adapter).values())
-    outside = [
-        name
-        for name, parameter in net.named_parameters()
-        if parameter.requires_grad and parameter not in in_adapter
-    ]
-    if outside:
-        names = sorted({plain_name(n).rpartition(".")[0] for n in outside})
-        raise ValueError(
-            f"{names} train but belong to no adapter, so plain PEFT would not load "
-            f"them; name them in LoraConfig(modules_to_save=...), or use "
-            f'export_peft(..., mode="merged")'
-        )
-
-
 def _compare(
     folder: Path, model: RankModel, guide: Guide, mode: _Mode, probe: Batch
 ) -> None:
@@ -241,7 +214,7 @@ def _compare(
         # Accelerate's autocast stands in the forward of the network that it prepared,
         # which the export does not have.
         with torch.autocast(device, next(iter(seen), None), enabled=bool(seen)):
-            output = loaded(**inputs)
+            output = loaded(**copied(inputs))
     error = float((getattr(output, "logits", output) - expected).abs().max())
     largest = float(expected.abs().max())
     half = sorted(str(d) for d in seen | {p.dtype for p in net.parameters()} & _HALF)
@@ -262,8 +235,8 @@ def _autocasts(net: nn.Module, device: str) -> Iterator[set[torch.dtype]]:
     seen: set[torch.dtype] = set()
 
     def look(*_: object) -> None:
-        if torch.is_autocast_enabled(device):
-            seen.add(torch.get_autocast_dtype(device))
+        if dtype := autocast_dtype(device):
+            seen.add(dtype)
 
     hooks = [module.register_forward_pre_hook(look) for module in net.modules()]
     try:

@@ -96,9 +96,8 @@ def differences(found: Fingerprint, saved: Fingerprint) -> list[str]:
 
 def _is_adapters(name: str) -> bool:
     """Whether a parameter in PEFT's network belongs to an adapter, by its full name."""
-    parts = name.split(".")
-    peft_names = {"modules_to_save", "token_adapter"}
-    return any(p in peft_names or p.startswith("lora_") for p in parts)
+    own = ("modules_to_save", "lora_", "trainable_tokens_")
+    return any(part.startswith(own) for part in name.split("."))
 
 
 def _sketch(parameter: Tensor) -> dict[str, Any]:

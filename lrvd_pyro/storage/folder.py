@@ -23,12 +23,11 @@ from peft import LoraConfig
 from torch import nn
 
 from lrvd_pyro import likelihoods, priors
-from lrvd_pyro.guides.base import RankGuide
+from lrvd_pyro.inference.pairs import paired
 from lrvd_pyro.likelihoods import Likelihood
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.priors import Prior
 from lrvd_pyro.rank_space.center import center_at
-from lrvd_pyro.selection.removal import check_pair
 from lrvd_pyro.storage.atomic import (
     AnyPath,
     read_json,
@@ -88,6 +87,7 @@ def save(path: AnyPath, model: RankModel, guide: nn.Module) -> Path:
             network.
         RuntimeError: If the adapter is merged, disabled, inactive or deleted.
     """
+    paired(model, guide)
     if not isinstance(model, RankModel):
         raise TypeError(
             f"model is a {type(model).__name__}; expected a models.RankModel, such as "
@@ -98,8 +98,6 @@ def save(path: AnyPath, model: RankModel, guide: nn.Module) -> Path:
             f"guide is a {type(guide).__name__}, whose parameters are in Pyro's store "
             f"alone; make it a PyroModule, such as guides.RankDiagonal(model)"
         )
-    if isinstance(guide, RankGuide):
-        check_pair(model, guide)
     adapter = plain_adapter(model, guide, drop=False)
     parts = _parts(model, guide)
     config = json.dumps(config_of(model, guide, parts), indent=2)

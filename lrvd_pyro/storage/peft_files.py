@@ -30,13 +30,14 @@ __all__ = [
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER = "adapter_model.safetensors"
+# PEFT keeps a wrapped layer, a head, and an embedding of which tokens train by these.
+_WRAPPERS = ("base_layer", "original_module", "token_adapter")
 
 
 def plain_name(name: str) -> str:
     """The name that a parameter or module has in the network without PEFT."""
-    # PEFT keeps a wrapped layer as ``base_layer`` and a head as ``original_module``.
     parts = name.removeprefix(PREFIX).split(".")
-    return ".".join(p for p in parts if p not in ("base_layer", "original_module"))
+    return ".".join(part for part in parts if part not in _WRAPPERS)
 
 
 def module_names(net: nn.Module) -> list[str]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lrvd_pyro._compat.torch import persistent_buffers
 from lrvd_pyro.guides.base import RankGuide
+from lrvd_pyro.inference.pairs import paired
 from lrvd_pyro.inference.param_store import check_has_parameters
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.rank_space.center import center_at, center_of
@@ -48,10 +49,12 @@ def stored_tensors(model: RankModel, guide: nn.Module) -> dict[str, Tensor]:
 
     Raises:
         TypeError: If ``guide`` is a function.
-        ValueError: If ``guide`` is an AutoGuide that has no parameters yet.
+        ValueError: If ``guide`` was built on another model, or is an AutoGuide that has
+            no parameters yet.
     """
     instead = "checkpoints take a module: RankDiagonal(model), or any AutoGuide"
     check_has_parameters(guide, "checkpoint and resume", instead)
+    paired(model, guide)
     tensors: dict[str, Tensor] = {}
     for root, module in (("model", model), ("guide", guide)):
         for name, parameter in module.named_parameters(root):

@@ -16,6 +16,8 @@ from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide import AutoDiagonalNormal
 from pyro.nn import PyroModule
 from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, BertModel
+from transformers.utils import logging
 
 from lrvd_pyro._compat import peft, transformers
 from lrvd_pyro._compat import pyro as compat_pyro
@@ -326,3 +328,19 @@ def test_a_thread_in_pyro_is_found_by_its_frames() -> None:
         leave.set()
         thread.join()
     assert find() is None
+
+
+def test_transformers_says_which_parameters_its_checkpoint_held(tmp_path: Path) -> None:
+    config = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    BertModel(config).save_pretrained(tmp_path)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(logging.get_logger(), "disabled", True)
+        net = BertForSequenceClassification.from_pretrained(tmp_path)
+    new = {
+        n for n, p in net.named_parameters() if not transformers.is_from_checkpoint(p)
+    }
+    assert new == {"classifier.weight", "classifier.bias"}
+    # as the values change their place or precision
+    net.double().half()
+    for name, parameter in net.named_parameters():
+        assert transformers.is_from_checkpoint(parameter) == (name not in new)

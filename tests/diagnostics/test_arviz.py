@@ -1,11 +1,12 @@
 """The posterior in ArviZ: its names and its numbers."""
 
 import sys
+import warnings
 from typing import Any
 
 import pytest
 import torch
-from inferred import QUERY, QUIET, VALUE, hierarchical, names, pair
+from inferred import QUERY, QUIET, VALUE, az, hierarchical, names, pair
 from nets import bert, lora, perceptron, tokens
 from torch import Tensor, nn
 
@@ -40,6 +41,40 @@ def test_groups_hold_draws_labels_and_log_alpha() -> None:
     assert data["log_likelihood"]["labels"].shape == (1, 7, 10)
     log_alpha = torch.as_tensor(data["constant_data"]["log_alpha"].values)
     torch.testing.assert_close(log_alpha, guide.log_alpha)
+
+
+def test_unseen_data_have_groups_of_their_own_under_the_same_draws() -> None:
+    model, guide = hierarchical()
+    train, unseen = [tokens(6)], [tokens(3), tokens(2)]
+    both = to_arviz(model, guide, train, 40, test_batches=unseen)
+    alone, test = (to_arviz(model, guide, data, 40) for data in (train, unseen))
+    kinds = {"posterior_predictive", "log_likelihood", "observed_data"}
+    assert names(both) - names(alone) == {f"test_{kind}" for kind in kinds}
+    for name in ("log_likelihood", "observed_data"):
+        for mine, other in [(name, alone), (f"test_{name}", test)]:
+            assert both[mine]["labels"].equals(other[name]["labels"]), mine
+    assert both["test_posterior_predictive"]["labels"].shape == (1, 40, 5)
+    # What ArviZ judges is the training set, whatever else is there.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # so few draws
+        assert az.loo(both, reff=1).n_data_points == 6
+    assert both["posterior"]["gate"].equals(alone["posterior"]["gate"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind", "message"),
+    [
+        ([], ValueError, "got no batches; expected at least one: to_arviz"),
+        ({"labels": torch.ones(2)}, TypeError, "batches is one batch"),
+        ([{"input_ids": torch.ones(2, 3).long()}], ValueError, "has no labels"),
+    ],
+)
+def test_unseen_data_are_checked_as_the_others_are(
+    wrong: Any, kind: type[Exception], message: str
+) -> None:
+    model, guide = pair()
+    with pytest.raises(kind, match=message):
+        to_arviz(model, guide, [tokens(6)], 7, test_batches=wrong)
 
 
 def test_ragged_ranks_are_named_and_placed() -> None:

@@ -114,6 +114,9 @@ def with_ties(p: CategoricalPrediction) -> CategoricalPrediction:
     return CategoricalPrediction(p.probs, p.entropy.round(), p.mutual_information)
 
 
+ECES = ("ece", "adaptive_ece")  # their intervals: test_calibration_gaps.py
+
+
 def test_intervals_are_those_of_a_plain_bootstrap() -> None:
     p, out = with_ties(predicted(150)), with_ties(predicted(90, spread=2.0))
     y = drawn(p)
@@ -125,6 +128,8 @@ def test_intervals_are_those_of_a_plain_bootstrap() -> None:
     tails = np.quantile(resampled, [0.025, 0.975], axis=0)
     sd = np.std(resampled, axis=0)
     for k, name in enumerate(naive(p, y, out)):
+        if name in ECES:
+            continue
         interval = getattr(report, name)
         ours = np.array([interval.low, interval.high])
         assert np.abs(ours - tails[:, k]).max() < 0.5 * sd[k], name

@@ -14,6 +14,7 @@ from torch.distributions import kl_divergence
 
 from lrvd_pyro.distributions import (
     LogUniform,
+    TruncatedLogUniform,
     dawson,
     dawson_integral,
     log_uniform_kl,
@@ -121,3 +122,25 @@ def test_log_uniform_is_scale_invariant_and_its_sample_a_placeholder() -> None:
     torch.testing.assert_close(p.log_prob(10 * z), p.log_prob(z) - math.log(10))
     assert p.sample(torch.Size([5])).shape == (5, 2)
     assert (p.sample() == 1).all() and not p.has_rsample
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ends", [(-20.3, 2.1), (-0.1, 0.7)])
+def test_draws_between_numbers_reach_the_ends_and_not_beyond(
+    ends: tuple[float, float], dtype: torch.dtype
+) -> None:
+    torch.set_default_dtype(dtype)
+    gates = TruncatedLogUniform(*ends).expand([3])
+    tiny = torch.finfo(dtype).eps
+    edges = gates.icdf(torch.tensor([tiny, 0.5, 1 - tiny]))
+    assert gates.log_prob(edges).isfinite().all()
+    beyond = edges * torch.tensor([0.9, 1.0, 1.1])
+    assert gates.support.check(beyond).tolist() == [False, True, False]
+
+
+def test_ends_that_are_numbers_are_on_no_device_and_may_overflow() -> None:
+    torch.set_default_dtype(torch.float32)
+    gates = TruncatedLogUniform(-20.0, 200.0)
+    bounds = gates.support
+    assert isinstance(bounds.lower_bound, float) and bounds.upper_bound == math.inf
+    assert gates.icdf(torch.tensor(0.1)).isfinite()

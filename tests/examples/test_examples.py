@@ -35,7 +35,7 @@ def test_a_swap_example_scores_every_variant(
     name: str, count: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     torch.set_default_dtype(torch.float32)
-    shrunk("quickstart", monkeypatch, PER_LIBRARY=12, SENTENCES=64)
+    shrunk("quickstart_task", monkeypatch, PER_LIBRARY=12)
     example = importlib.import_module(name)
     out = tmp_path / "table.md"
     example.main(["--seeds", "1", "--epochs", "1", "--out", str(out)])
@@ -93,8 +93,8 @@ def tiny_task(monkeypatch: pytest.MonkeyPatch) -> Path:
         pytest.skip(f"no data at {data.name}: it lies outside the project")
     torch.set_default_dtype(torch.float32)
     task = shrunk("small_task", monkeypatch, TRAIN=64, DEV=8, EPOCHS=2, LR=1e-2)
-    read = task.read_tsv
-    monkeypatch.setattr(task, "read_tsv", lambda path: read(path).take(range(100)))
+    read = task.read
+    monkeypatch.setattr(task, "read", lambda path: read(path).take(range(100)))
     return data
 
 

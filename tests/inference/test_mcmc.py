@@ -138,6 +138,14 @@ def test_dropout_is_refused(kind: Any) -> None:
     nuts(model, 1, 1).run(**tokens())  # now there is nothing to refuse
 
 
+def test_dropout_by_a_function_is_refused_as_dropout_by_a_module_is() -> None:
+    net = frozen(bert())
+    net.base_model.model.bert.encoder.attention_dropout = 0.1  # as Llama's layers have
+    model = GateLoRA(net.train(), prior=priors.Normal(), num_data=6)
+    with pytest.raises(ValueError, match=r"dropout is on.*call net.eval\(\) first"):
+        nuts(model).run(**tokens())
+
+
 def test_the_log_uniform_has_neither_posterior_nor_prior_predictive() -> None:
     model, batch = GateLoRA(perceptron(), num_data=N), whole()
     batch["labels"] = torch.randint(0, 3, (N,))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import lrvd_pyro as lrvd
 from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.models import GateLoRA
-from lrvd_pyro.predictive.fan_out import FanOut, fanned_out, looped, resolution, trial
+from lrvd_pyro.models.singles import resolution
+from lrvd_pyro.predictive.fan_out import FanOut, fanned_out, looped, trial
 
 close = torch.testing.assert_close
 

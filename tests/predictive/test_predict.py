@@ -180,9 +180,7 @@ def test_draws_that_lack_a_site_or_differ_in_number_are_refused() -> None:
     for bad in ({"z": z, "scale": scale[:2]}, {}, {"z": z[None], "scale": scale[None]}):
         with pytest.raises(ValueError, match="expected draws x size for every latent"):
             lrvd.predict(model, None, [tokens()], posterior_samples=bad)
-    with pytest.raises(
-        ValueError, match=r"no draws of the latent sites \['scale', 'z'\]"
-    ):
+    with pytest.raises(ValueError, match="sites {} and the model {'scale': .*'z': "):
         lrvd.predict(model, lambda **batch: None, [tokens()], 2)
 
 

@@ -56,6 +56,7 @@ def test_gradients_with_checkpointing_equal_those_without_for_two_particles() ->
     batch = nets.tokens()
     plain = gradients(bert_model(), batch, particles=2)
     model = bert_model()
+    model.mixed_rows(batch)  # the check of rows has passes of its own
     calls = count_forwards(model.base_net)
     getattr(model.base_net.base_model.model, ENABLE)()
     checkpointed = gradients(model, batch, particles=2)
@@ -184,6 +185,17 @@ def test_reentrant_checkpointing_is_refused(options: dict[str, Any]) -> None:
     net.eval()  # in evaluation mode Transformers recomputes nothing
     with space.bind(torch.ones(space.size)):
         net(**nets.tokens())
+
+
+@renamed_in_transformers
+def test_a_step_names_the_reentrant_checkpointing_that_gradients_cross() -> None:
+    net = nets.bert().train()
+    options = {"use_reentrant": True}
+    getattr(net.base_model.model, ENABLE)(gradient_checkpointing_kwargs=options)
+    net.base_model.model.enable_input_require_grads()
+    model = GateLoRA(net, num_data=60)
+    with pytest.raises(RuntimeError, match=r'reentrant .*"use_reentrant": False'):
+        RankELBO().differentiable_loss(model, RankDiagonal(model), **nets.tokens())
 
 
 @renamed_in_transformers

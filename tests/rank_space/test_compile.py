@@ -5,7 +5,9 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import mixed
 import nets
+import pyro
 import pytest
 import torch
 from nets import flat
@@ -169,3 +171,22 @@ def test_a_network_compiled_before_the_injection_would_miss_the_hooks() -> None:
     with pytest.raises(RuntimeError, match="was compiled"):
         RankSpace(net)
     RankSpace(copy.deepcopy(net))
+
+
+@compiling
+def test_the_check_of_rows_leaves_nothing_in_compiled_code() -> None:
+    losses = []
+    for compiled in (False, True):
+        pyro.set_rng_seed(0)
+        net = nets.bert()
+        model = GateLoRA(net, num_data=60)
+        if compiled:
+            net.compile(backend="aot_eager")
+        batch = nets.tokens()
+        svi = SVI(model, RankDiagonal(model), AdamW(lr=1e-2), loss=RankELBO())
+        losses.append([svi.step(**batch) for _ in range(3)])
+    close(torch.tensor(losses[0]), torch.tensor(losses[1]))
+    mixing = mixed.pairs()
+    model = GateLoRA(mixing, num_data=60)
+    mixing.compile(backend="aot_eager")
+    assert "query" in model.mixed_rows(mixed.texts())

@@ -6,7 +6,7 @@ from typing import Any
 import nets
 import pytest
 import torch
-from nets import RAGGED, folded
+from nets import RAGGED, flat, folded
 from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -169,7 +169,8 @@ def test_the_elbo_draws_a_gate_for_each_label_of_a_multiple_choice() -> None:
     shapes = []
 
     def look(*_: Any) -> None:
-        shapes.append(model.space.binding.bank.parts["gate"][0].shape)
+        if bound := model.space.binding.bank.parts:
+            shapes.append(bound["gate"][0].shape)
 
     model.base_net.register_forward_pre_hook(look)
     RankELBO()(model, RankDiagonal(model))(**batch).backward()
@@ -209,3 +210,21 @@ def test_another_adapters_dora_does_not_forbid_draws_per_example() -> None:
         gated = net(x := torch.randn(4, 5))
     with net.disable_adapter():
         close(gated, net(x))
+
+
+@pytest.mark.parametrize("kind", ["gates", "weights"])
+@pytest.mark.parametrize("image", [False, True])
+def test_an_input_without_a_batch_axis_is_one_row(image: bool, kind: str) -> None:
+    net = nets.conv() if image else nets.perceptron()
+    x = torch.randn(3, 6, 6) if image else torch.randn(5)
+    space = RankSpace(net, sides=("lora_A",))
+    value = torch.rand(space.size) if kind == "gates" else flat(space)
+    bind: Any = space.bind if kind == "gates" else space.bind_weights
+    with bind(value):
+        expected = net(x)
+    with bind(value[None]):
+        close(net(x), expected)
+    # of rank 4, whose channels are not examples
+    with pytest.raises(ValueError, match="2 examples, but a LoRA layer sees 1 rows"):
+        with bind(value.expand(2, -1)):
+            net(x)

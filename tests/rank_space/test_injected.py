@@ -118,7 +118,7 @@ def test_of_two_adapters_the_active_one_is_taken_or_one_is_named() -> None:
     net.add_adapter(lora, "second")
     assert RankSpace(net).adapter == "second"
     net.set_adapter(["default", "second"])
-    with pytest.raises(ValueError, match=r"\['default', 'second'\] are active; name"):
+    with pytest.raises(ValueError, match=r"\['default', 'second'\] are active; exp"):
         RankSpace(net)
     with pytest.raises(ValueError, match=r"'third' is unknown; .*\['default', 'sec"):
         RankSpace(net, "third")

@@ -108,6 +108,7 @@ def wav2vec2(layerdrop: float) -> Any:
 
 
 @pytest.mark.parametrize("seed", range(3))
+@pytest.mark.filterwarnings("ignore:the network trains with dropout")
 def test_wav2vec2_trains_under_layerdrop(seed: int) -> None:
     """The warning of the first step names layerdrop too."""
     net = wav2vec2(0.5).train()

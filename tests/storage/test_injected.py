@@ -160,7 +160,7 @@ def test_another_active_adapter_is_refused(tmp_path: Path) -> None:
     net = BertForSequenceClassification(nets.bert_config())
     for name in ("default", "second"):
         net.add_adapter(LoraConfig(r=2, target_modules=["query"]), name)
-    net.set_adapter(["default", "second"])
     model = GateLoRA(net, num_data=60, adapter="default")
+    net.set_adapter(["default", "second"])
     with pytest.raises(ValueError, match="'second'. are active, but 'default' alone"):
         export_peft(tmp_path / "out", model, perturbed(model))

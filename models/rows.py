@@ -1,0 +1,80 @@
+"""Whether a model's network takes a draw for each example of a batch."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from lrvd_pyro._compat.torch import tree_map
+from lrvd_pyro.rank_space.row_check import mixed_rows
+from lrvd_pyro.rank_space.space import RankSpace
+
+__all__ = ["RowCheck"]
+
+_PASSES = 32  # at a layerdrop of .5, one of 1e9 layers is dropped in all of them
+
+
+@dataclass
+class _Verdict:
+    """What the batches of one setting have shown."""
+
+    unseen: set[str]
+    reason: str = ""
+    passes: int = 0
+
+
+class RowCheck:
+    """Remembers where one example's draw would reach another's predictions.
+
+    The first batch of two or more examples decides, in each setting: the LoRA modules
+    that there are, training or eval mode, and the names of the inputs. It costs one
+    more forward pass, and backward passes as `mixed_rows` says. Where it does not run
+    all modules (layerdrop, rare experts), up to 31 more batches are looked at.
+    """
+
+    def __init__(self) -> None:
+        self._verdicts: dict[tuple[Any, ...], _Verdict] = {}
+
+    def reason(
+        self,
+        space: RankSpace,
+        predictions: Callable[..., Tensor],
+        inputs: Mapping[str, Any],
+        examples: int,
+    ) -> str:
+        """Why this network takes no draw per example; empty if it takes one.
+
+        Args:
+            space: The rank components.
+            predictions: From inputs to predictions, ``B x ...``.
+            inputs: The network's keyword arguments.
+            examples: The number of examples, B.
+
+        Raises:
+            RuntimeError: If the adapter is merged, disabled, inactive or deleted, or
+                activation checkpointing is reentrant.
+        """
+        if space.dora:
+            name = space.dora[0]
+            return f"the DoRA layer {name!r} takes one draw for the whole batch"
+        # The meta device has no gradients to look at.
+        if examples == 1 or space.device.type == "meta":
+            return ""
+        setting = space.modules, space.net.training, frozenset(inputs)
+        known = self._verdicts.setdefault(setting, _Verdict(set(space.modules)))
+        if known.unseen and not known.reason and known.passes < _PASSES:
+            with space.binding.holding({}):  # refuses what no draw can enter
+                known.reason, seen = mixed_rows(
+                    space, lambda: predictions(**tree_map(_usable, inputs)), examples
+                )
+            known.unseen -= seen
+            known.passes += 1
+        return known.reason
+
+
+def _usable(leaf: object) -> object:
+    """An input that autograd can keep: tensors of the inference mode are copied."""
+    if isinstance(leaf, Tensor) and leaf.is_inference():
+        return leaf.clone()
+    return leaf
