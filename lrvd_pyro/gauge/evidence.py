@@ -8,10 +8,17 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lrvd_pyro.batches import Batch, check_several, gate_rows, without_labels
+from lrvd_pyro.batches import (
+    Batch,
+    batch_size,
+    check_several,
+    gate_rows,
+    without_labels,
+)
 from lrvd_pyro.gauge.second_moments import seeded_by
 from lrvd_pyro.likelihoods.base import curvature_of
 from lrvd_pyro.models.base import RankModel, evaluating
+from lrvd_pyro.models.singles import separable
 from lrvd_pyro.predictive.predictive import mean_value
 from lrvd_pyro.rank_space.rows import Side
 from lrvd_pyro.rank_space.weight_taps import WeightTaps
@@ -131,10 +138,11 @@ def evidence(
     sums = [space.ones(size) * 0 for size in sizes]
     fisher, count = space.ones() * 0, 0
     with evaluating(model), seeded_by(generator), torch.enable_grad():
-        for batch in tqdm(batches, disable=not progress, desc="evidence"):
+        shown = tqdm(batches, disable=not progress, desc="evidence")
+        for batch in separable(model, shown):
+            examples = batch_size(batch)
             value = gate_rows(mean, batch) if gated else mean
-            examples = len(gate_rows(space.ones(), batch))
-            with model.bind(value), taps.open():
+            with taps.open(), model.bind(value):
                 predictions = model.predictions(**without_labels(batch))
             roots = likelihood.fisher_roots(predictions)
             for root in _scores(roots, sampled):

@@ -1,4 +1,4 @@
-"""The network linearized in its gates: a Gaussian over what a likelihood looks at."""
+"""The network linearized in its adapter: a Gaussian over what a likelihood sees."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,15 +9,15 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from lrvd_pyro.batches import Batch, gate_rows
+from lrvd_pyro.batches import Batch, batch_size, gate_rows
 from lrvd_pyro.inference.kl import latent_sites
 from lrvd_pyro.inference.per_example import PerExample
 from lrvd_pyro.inference.programs import Guide
 from lrvd_pyro.inference.threads import alone_in_pyro
 from lrvd_pyro.likelihoods.base import contrasts_of
 from lrvd_pyro.models.base import RankModel
-from lrvd_pyro.models.checks import check_gates
 from lrvd_pyro.models.singles import separable
+from lrvd_pyro.rank_space.weight_taps import WeightTaps
 
 __all__ = [
     "GateGaussian",
@@ -63,6 +63,11 @@ class GateGaussian:
         # The factors S x R stand for a covariance of R x R, which is never formed.
         return cls(mean, torch.zeros_like(mean), (gates - mean).mul_(scale))
 
+    def widened(self, scale: float) -> "GateGaussian":
+        """The Gaussian whose covariance is ``scale`` times this one."""
+        factors = self.factors * scale**0.5
+        return GateGaussian(self.mean, self.diagonal * scale, factors)
+
     def project(self, jacobian: Tensor) -> Tensor:
         """``J Cov J^T`` of each example, ``B x K x K``, for J ``B x K x R``."""
         diagonal, factors = self.diagonal.to(jacobian), self.factors.to(jacobian)
@@ -86,11 +91,17 @@ def gate_gaussian(model: RankModel, guide: Guide, batch: Batch) -> GateGaussian:
     """
     known = _closed_form(model, guide)
     if known:
-        return known
+        return known.widened(getattr(guide, "linearized_scale", 1.0))
+    if model.binds == "weights":
+        raise TypeError(
+            f"guide is a {type(guide).__name__}; the linearized predictive of weights "
+            f"takes RowDiagonal(model), TiedDiagonal(model), or a Gaussian AutoGuide"
+        )
     # Site by site, all draws together would take several times the gates' memory.
     chunks = range(_DRAWS // _CHUNK)
     draws = torch.cat([_gate_draws(model, guide, batch, _CHUNK) for _ in chunks])
-    return GateGaussian.of_draws(draws)
+    drawn = GateGaussian.of_draws(draws)
+    return drawn.widened(getattr(guide, "linearized_scale", 1.0))
 
 
 class Linearized:
@@ -140,6 +151,8 @@ class Linearized:
         return torch.cat(means), torch.cat(covariances)
 
     def _contrasts(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if self.model.binds == "weights":
+            return self._contrasts_of_weights(batch)
         parameter = self.model.space.weights("lora_A")[0]
         gates = gate_rows(self.gaussian.mean.to(parameter), batch)
         with torch.enable_grad(), self.model.bind(gates):
@@ -149,16 +162,31 @@ class Linearized:
             rows = [_gradient(contrast, gates) for contrast in mean.sum(0)]
         return mean.detach(), self.gaussian.project(torch.stack(rows, 1).to(mean))
 
+    def _contrasts_of_weights(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        space, size = self.model.space, batch_size(batch)
+        taps = WeightTaps(space, space.sides)
+        rows = []
+        with torch.enable_grad(), taps.open(), self.model.bind(self.gaussian.mean):
+            mean = self._likelihood.contrasts(self.model.predictions(**batch))
+            for contrast in mean.sum(0):
+                _, gradients = taps.gradients(contrast, size)
+                rows.append(torch.cat([g.flatten(1) for g in gradients], 1))
+        return mean.detach(), self.gaussian.project(torch.stack(rows, 1).to(mean))
+
 
 def check_linearizable(model: RankModel) -> None:
     """Raise unless the network takes one gate per example.
 
     Raises:
-        TypeError: If the model draws weights, a layer is a DoRA layer, or the
-            likelihood has no contrasts.
+        TypeError: If the model draws neither gates nor weights, a layer is a DoRA
+            layer, or the likelihood has no contrasts.
     """
     space = model.space
-    check_gates(model, "the linearized predictive", _WAY_OUT)
+    if model.binds not in ("gates", "weights"):
+        raise TypeError(
+            f"the linearized predictive needs gates or weights, and "
+            f"{type(model).__name__} draws {model.binds}; {_WAY_OUT}"
+        )
     contrasts_of(model.likelihood, 'predict(..., method="linearized")')
     if space.dora:
         raise TypeError(
@@ -200,13 +228,14 @@ def _gradient(value: Tensor, gates: Tensor) -> Tensor:
 def _closed_form(model: RankModel, guide: Guide) -> GateGaussian | None:
     """The Gaussian where the gate is the only latent site and its law is known."""
     sites = model.latent_sites()
-    if set(sites) != {"gate"}:
+    if set(sites) not in ({"gate"}, {"factor"}):
         return None
     if hasattr(guide, "distributions"):
-        return _independent(guide.distributions()["gate"])
+        (law,) = guide.distributions().values()
+        return _independent(law)
     # AutoGuides are Gaussian in unconstrained space: it is the gate's own only where
     # the gate is real.
-    support: Any = sites["gate"].support
+    support: Any = next(iter(sites.values())).support
     is_real = getattr(support, "base_constraint", support) is constraints.real
     if not is_real or not hasattr(guide, "get_posterior"):
         return None
