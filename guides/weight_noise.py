@@ -14,7 +14,7 @@ __all__ = ["WeightNoise"]
 
 
 class WeightNoise(RankGuide):
-    """Gaussian noise on the weights of `FactorLoRA`, centered on the weights themselves.
+    """Gaussian noise on the weights of `FactorLoRA`, about the weights themselves.
 
     Args:
         model: A `FactorLoRA`.

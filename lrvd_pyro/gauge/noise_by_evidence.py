@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def noise_by_evidence(
     network is not linear. The guide's own noise, which draws take, is therefore smaller
     (`sample_scale`), and ``guide.linearized_scale`` is the ratio of the two.
 
-    The cost is that of `evidence`, and about 80 forward passes of 256 examples.
+    The cost is that of `evidence`, and 64 forward passes of 128 examples.
 
     Example::
 
@@ -104,17 +104,18 @@ def noise_by_evidence(
         progress=progress,
     )
     gamma = found.gamma  # raises where there is none
+    noisy: Any = guide
     if noise == "tied":
-        model, guide = _tied(model, guide, found)
-    mean, variance = _moments(guide)
+        model, noisy = _tied(model, guide, found)
+    mean, variance = _moments(noisy)
     if noise == "fisher":
         assert found.gate_fisher is not None
         variance = gamma / (len(mean) * found.gate_fisher)
-    most = gamma / float((variance * _information(found, guide)).sum())
-    scale = sample_scale(model, mean, variance, batches, gamma, most)
-    _set_variance(guide, scale * variance)
-    guide.linearized_scale = most / scale
-    return model, guide
+    most = gamma / float((variance * _information(found, noisy)).sum())
+    scale = sample_scale(model, mean, variance, batches, most)
+    _set_variance(noisy, scale * variance)
+    noisy.linearized_scale = most / scale
+    return model, noisy
 
 
 def _check_guide(guide: RankGuide, noise: str) -> None:
@@ -127,9 +128,9 @@ def _check_guide(guide: RankGuide, noise: str) -> None:
         return
     raise TypeError(
         f"guide is a {type(guide).__name__} over "
-        f"{sorted(getattr(guide, 'families', []))}, and noise={noise!r} needs one "
-        f"variance per gate: RankDiagonal on GateLoRA with a prior of one site, such as "
-        f'LogUniform(); noise="tied" takes any guide'
+        f"{sorted(getattr(guide, 'families', []))}; noise={noise!r} needs one variance "
+        f"per gate: RankDiagonal on GateLoRA with a prior of one site, as LogUniform(); "
+        f'noise="tied" takes any guide'
     )
 
 

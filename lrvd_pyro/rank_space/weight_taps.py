@@ -4,7 +4,7 @@ Autograd sums the gradients of weights over a batch. Here what goes into a layer
 what comes out of it is kept, and the layer alone is differentiated per example.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +15,8 @@ from lrvd_pyro.rank_space.rows import Side
 from lrvd_pyro.rank_space.space import RankSpace
 
 __all__ = ["WeightTaps"]
+
+_Hook = Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]
 
 
 class WeightTaps:
@@ -83,7 +85,8 @@ class WeightTaps:
                     f"no gradient reaches {name!r}; switch activation checkpointing "
                     f"off for this pass: net.gradient_checkpointing_disable()"
                 )
-            total = sum(_per_example(layer, x, g, examples) for x, g in mine)
+            parts = [_per_example(layer, x, g, examples) for x, g in mine]
+            total = torch.stack(parts).sum(0)
             flat = torch.vmap(rows[number].flatten)(total)
             yield flat.unflatten(1, (rows[number].rank, -1))
 
@@ -95,7 +98,7 @@ class WeightTaps:
             for name, layer in zip(self.space.modules, self.space.layers)
         ]
 
-    def _tap(self, number: int):  # type: ignore[no-untyped-def]
+    def _tap(self, number: int) -> _Hook:
         def tap(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             # The first layer's A may be frozen, and so may its input.
             if torch.is_grad_enabled() and not output.requires_grad:
