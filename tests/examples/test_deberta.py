@@ -86,7 +86,7 @@ def test_the_readmes_command_trains_predicts_and_saves_a_deberta(
     write_data(data)
     given = {
         "microsoft/deberta-v3-base": str(folder),
-        "glue:sst2": str(data),
+        "glue:mrpc": str(data),
         "cuda": "cpu",
     }
     command = [given.get(option, option) for option in options()] + ["--draws", "5"]
