@@ -89,7 +89,7 @@ def test_the_readmes_command_trains_predicts_and_saves_a_deberta(
         "glue:mrpc": str(data),
         "cuda": "cpu",
     }
-    command = [given.get(option, option) for option in options()] + ["--draws", "5"]
+    command = [given.get(option, option) for option in options()] + ["--draws", "25"]
     assert set(given.values()) <= set(command)
     with pytest.warns(UserWarning, match="query_proj' sees 1 rows.*once per batch"):
         quickstart.main(command)
