@@ -25,8 +25,8 @@ from lrvd_pyro.models.checks import (
     check_mcmc,
     check_num_data,
     check_rows_drawn,
+    checked_start,
     logits_of,
-    start_of,
 )
 from lrvd_pyro.models.factors import Factors, SiteLabels
 from lrvd_pyro.models.inputs import copied
@@ -116,7 +116,7 @@ class RankModel(UniqueModule):
         self.likelihood = Categorical() if likelihood is None else likelihood
         check_likelihood(self.likelihood)
         # Last, since the space puts hooks on the network.
-        self.space = RankSpace(net, adapter, sides=sides)
+        self.space, self.sides = RankSpace(net, adapter, sides=sides), sides
         self.net = net
         self._training_checks = TrainingChecks()
         self._rows = RowCheck()
@@ -190,9 +190,8 @@ class RankModel(UniqueModule):
     def start(self) -> dict[str, Tensor]:
         """Where guides start each latent site: at the prior's ``start``, else at 1."""
         # At gate 1 the network is the trained LoRA. At gate 0 B would get no gradient.
-        known, device = getattr(self.prior, "start", {}), self.space.device
-        laws = self.latent_sites().items()
-        return {n: start_of(n, law, known.get(n, 1.0), device) for n, law in laws}
+        known = getattr(self.prior, "start", {})
+        return checked_start(self.draw, self.latent_sites(), known, self.space.device)
 
     @alone_in_pyro()
     def value_at(self, latents: Mapping[str, Tensor]) -> Tensor:

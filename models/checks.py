@@ -1,10 +1,13 @@
 """What models check about their arguments and their network."""
 
+from collections.abc import Callable, Mapping
 from numbers import Integral
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from lrvd_pyro._compat.pyro import mcmc_is_running
 from lrvd_pyro.batches import Batch, batch_size
@@ -17,8 +20,8 @@ __all__ = [
     "check_mcmc",
     "check_num_data",
     "check_rows_drawn",
+    "checked_start",
     "logits_of",
-    "start_of",
 ]
 
 
@@ -129,31 +132,52 @@ def logits_of(output: object) -> Tensor:
     return logits
 
 
-def start_of(site: str, prior: Any, number: float, device: torch.device) -> Tensor:
-    """Where guides start a latent site, checked to lie within its support.
+def checked_start(
+    draw: Callable[[], object],
+    sites: Mapping[str, Distribution],
+    numbers: Mapping[str, float],
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """Where guides start each latent site, checked to lie within its support.
 
     At the edge of a support the unconstrained value is infinite, which torch clamps in
-    silence: a guide would stay where it is.
+    silence: a guide would stay where it is. A support may depend on other sites, which
+    are at their own starts here.
 
     Args:
-        site: The site's name.
-        prior: Its distribution, with one event dimension.
-        number: The value of each component.
-        device: Where the start is made.
+        draw: The Pyro statements.
+        sites: The latent sites.
+        numbers: The value of all components of a site; 1 where there is none.
+        device: Where the starts are made.
 
     Raises:
         ValueError: With the site and the attribute that moves the start.
     """
-    value = torch.full(prior.event_shape, number, device=device)
-    support, step = prior.support, 1e-3 * min(1.0, abs(number) or 1.0)
-    around = (value - step, value + step)
-    # The meta device has no numbers to compare.
-    known = support.is_discrete or value.is_meta
-    if known or all(support.check(each).all() for each in around):
-        return value
-    within = prior.sample().flatten()[0]
-    raise ValueError(
-        f"guides start the latent site {site!r} at {number}, which is not within its "
-        f"support {support}; give the prior another start, such as a draw of its own: "
-        f"prior.start = {{{site!r}: {within:.2g}}}"
-    )
+    start = {
+        name: torch.full(law.event_shape, numbers.get(name, 1.0), device=device)
+        for name, law in sites.items()
+    }
+    with poutine.block(), poutine.trace() as run:
+        with poutine.condition(data=start):
+            draw()
+    nodes: dict[str, Any] = run.trace.nodes
+    for site, value in start.items():
+        law = nodes[site]["fn"]
+        # The meta device has no numbers to compare.
+        if value.is_meta or law.support.is_discrete or _is_inside(value, law.support):
+            continue
+        raise ValueError(
+            f"guides start the latent site {site!r} at {numbers.get(site, 1.0)}, which "
+            f"is not inside the support of its "
+            f"{type(getattr(law, 'base_dist', law)).__name__}; give the prior a start "
+            f"there: prior.start = {{{site!r}: ...}}"
+        )
+    return start
+
+
+def _is_inside(value: Tensor, support: Any) -> bool:
+    around = [value]
+    if getattr(support, "base_constraint", support).event_dim == 0:
+        step = 1e-6 * value.abs().clamp(min=1.0)
+        around += [value - step, value + step]
+    return all(bool(support.check(each).all()) for each in around)

@@ -86,7 +86,6 @@ class FactorLoRA(RankModel):
             sides=sides,
             adapter=adapter,
         )
-        self.sides = sides
 
     def start(self) -> dict[str, Tensor]:
         """Where guides start: at the network's own weights, (K,)."""

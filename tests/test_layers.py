@@ -75,6 +75,8 @@ def breaches(module: str, text: str) -> list[str]:
         known = {library, behind} if rest.startswith("_compat.") else {library}
         for each in sorted(known & KNOWS_NOT.get(part, set())):
             found.append(f"{where}, and {part} does not know {each}")
+        if library in ("models", "guides", "importlib", "operator"):
+            found.append(f"{where}, which hides a module or a name: write lrvd_pyro")
         if library != "lrvd_pyro":
             continue
         other = rest.partition(".")[0]
@@ -101,6 +103,8 @@ def test_every_import_goes_down() -> None:
         ("rank_space.space", "from lrvd_pyro._compat.pyro import x", "not know pyro"),
         ("inference.kl", "from lrvd_pyro._compat import peft", "does not know peft"),
         ("optim", "from lrvd_pyro.nothing import x", "which is none of"),
+        ("optim", "from guides import RankGuide", "which hides a module"),
+        ("optim", "import importlib as i", "which hides a module"),
         (
             "optim.groups",
             "from . import x",
@@ -148,6 +152,10 @@ def private_touches(text: str) -> Iterator[str]:
                 if parts[:1] != ["lrvd_pyro"] and any(p[0] == "_" for p in parts):
                     yield f"{here}: {ast.unparse(node)}"
                     break
+        if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+            key = node.slice.value
+            if isinstance(key, str) and key[:1] == "_" and "vars(" in ast.unparse(node):
+                yield f"{here}: {ast.unparse(node)}"
         if isinstance(node, ast.Call) and ast.unparse(node.func) in BY_TEXT:
             texts = [a.value for a in node.args if isinstance(a, ast.Constant)]
             names = [n for t in texts if isinstance(t, str) for n in t.split(".")]
@@ -196,6 +204,7 @@ def test_private_parts_of_other_libraries_are_touched_in_compat_alone() -> None:
         "importlib.import_module('torch._C')",
         "__import__('torch._C')",
         "net.__dict__['_x']",
+        "vars(net)['_x']",
     ],
 )
 def test_a_private_touch_is_found_in_every_form(line: str) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-__all__ = ["InputError", "PassError", "plain_errors"]
+__all__ = ["InputError", "plain_errors"]
 
 
 class _Plain(Exception):
@@ -19,7 +19,7 @@ class InputError(_Plain, ValueError):
     """A ValueError whose message Pyro's traces leave as it is."""
 
 
-class PassError(_Plain, RuntimeError):
+class _PassError(_Plain, RuntimeError):
     """A RuntimeError of a forward pass whose message Pyro's traces leave as it is."""
 
 
@@ -33,7 +33,7 @@ def plain_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError) as error:
-        plain = {ValueError: InputError, RuntimeError: PassError}.get(type(error))
+        plain = {ValueError: InputError, RuntimeError: _PassError}.get(type(error))
         if plain is None or _raised_by(error.__traceback__).startswith("pyro."):
             raise
         raise plain(str(error)).with_traceback(error.__traceback__) from error.__cause__

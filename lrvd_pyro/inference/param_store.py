@@ -1,7 +1,8 @@
 """Root Pyro modules under unique names, so that two of them both train."""
 
+import inspect
 import itertools
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import pyro
 from pyro.nn import PyroModule
@@ -54,8 +55,19 @@ class UniqueModule(FreezableModule):
     method cannot be made.
     """
 
+    passed: frozenset[str]  # the names of the arguments that it was made with
+
+    def __new__(cls, *args: object, **keywords: object) -> Self:
+        made = super().__new__(cls)
+        # Past nn.Module, which takes attributes only once it is set up.
+        object.__setattr__(made, "passed", frozenset(keywords))
+        return made
+
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
+        # Else inspect would show the arguments of __new__.
+        _, *rest = inspect.signature(cls.__init__).parameters.values()
+        cls.__signature__ = inspect.Signature(rest)  # type: ignore[attr-defined]
         # ABCMeta would do this, but PyroModule has a metaclass of its own already.
         cls.__abstractmethods__ = frozenset(  # type: ignore[attr-defined]
             name

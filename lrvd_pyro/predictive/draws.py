@@ -12,6 +12,7 @@ from lrvd_pyro.batches import Batch
 from lrvd_pyro.inference.kl import latent_sites
 from lrvd_pyro.inference.pairs import paired
 from lrvd_pyro.inference.param_store import check_name_is_free, waits_for_first_call
+from lrvd_pyro.inference.per_example import drawn_per_example
 from lrvd_pyro.inference.programs import Guide
 from lrvd_pyro.inference.threads import alone_in_pyro
 from lrvd_pyro.models.base import RankModel
@@ -88,7 +89,8 @@ def _draw(guide: Guide, batch: Batch) -> _Latents:
 def _check_sites(sites: Mapping[str, Distribution], latents: _Latents) -> None:
     """Raise unless one draw has a value of the right shape for every latent site."""
     expected = {name: tuple(fn.event_shape) for name, fn in sites.items()}
-    found = {name: tuple(value.shape) for name, value in latents.items()}
+    rows = int(drawn_per_example())  # the axis of examples comes first
+    found = {name: tuple(value.shape[rows:]) for name, value in latents.items()}
     if found != expected:
         raise ValueError(
             f"the draws have the latent sites {found} and the model {expected}; a "

@@ -67,8 +67,8 @@ class Groups:
             f"{name!r} has {size} components, and nothing says to which of the "
             f"{len(keep)} rank components each belongs; give it one component, one per "
             f"rank component, or one per group under a name that says so: "
-            f"module_scale, layer_scale, type_scale. A model or guide of your own may "
-            f"place its tensors itself: override cuts(keep)"
+            f"module_scale, layer_scale, type_scale (a tensor of a model or guide of "
+            f"your own: override cuts(keep))"
         )
 
     def _numbers(self, level: Level) -> list[int]:

@@ -13,8 +13,9 @@ def named_cuts(
 ) -> Cuts:
     """The cuts of parameters and buffers along their first dimension.
 
-    A tensor has one entry per rank component, or one per group under a name that
-    `RankSpace.indices_kept` understands. Scalars stay whole.
+    A tensor has one row per rank component, or one per group under a name that
+    `RankSpace.indices_kept` understands. Scalars, and vectors of one number, stay
+    whole.
 
     Args:
         space: The rank space.
@@ -25,9 +26,17 @@ def named_cuts(
     Raises:
         TypeError: If a tensor belongs to no components that can be told.
     """
-    owner = type(module).__name__
-    return {
-        tensor: (0, space.indices_kept(keep, f"{owner}.{name}", len(tensor)))
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
-        if tensor.dim() > 0 and not name.startswith(without)
-    }
+    cuts: Cuts = {}
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.dim() == 0 or name.startswith(without):
+            continue
+        where = f"{type(module).__name__}.{name}"
+        # Of several dimensions the first need not be that of the ranks.
+        if space.size in tensor.shape[1:] or (tensor.dim() > 1 and len(tensor) == 1):
+            raise TypeError(
+                f"{where!r} has shape {tuple(tensor.shape)}, and nothing says which "
+                f"dimension has the {space.size} rank components; put them first and "
+                f"alone, or override cuts(keep)"
+            )
+        cuts[tensor] = 0, space.indices_kept(keep, where, len(tensor))
+    return cuts

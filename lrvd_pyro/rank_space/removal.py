@@ -61,7 +61,12 @@ def replace_data(tensor: Tensor, data: Tensor) -> None:
 
 
 def check_mask(keep: Tensor, size: int) -> None:
-    """Raise a ValueError unless ``keep`` is bool, ``size``, and keeps a component."""
+    """Raise unless ``keep`` is a tensor, bool, ``size``, and keeps a component."""
+    if not isinstance(keep, Tensor):
+        raise TypeError(
+            f"keep is a {type(keep).__name__}; expected a tensor, torch.bool ({size},),"
+            f" one entry per rank component: guide.log_alpha <= 3"
+        )
     if keep.dtype != torch.bool or keep.shape != (size,) or not keep.any():
         raise ValueError(
             f"keep is {keep.dtype} {tuple(keep.shape)} with {int(keep.sum())} to keep; "

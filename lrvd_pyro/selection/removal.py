@@ -1,5 +1,6 @@
 """Removal of rank components from network, guide, prior and optimizer at once."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -66,14 +67,17 @@ def select(
     """
     check_pair(model, guide)
     # All refusals come before the first tensor changes.
-    of_model = model.cuts(keep)
-    of_draw = model.space.cuts(keep) | of_model
-    cuts = of_draw | guide.cuts(keep)
+    of_net = model.space.cuts(keep)
+    model.latent_sites()  # a prior may make its tensors when it first runs
+    of_model, of_guide = model.cuts(keep), guide.cuts(keep)
+    cuts = of_net | of_model | of_guide
     if optimizer is not None:
         check_state(optimizer, cuts)
     if keep.all():
         return
-    _check_follows(model, keep, of_draw)
+    _check_follows(model, guide, keep, of_net | of_model)
+    # The guide cuts what it shares with the model.
+    of_model = {t: cut for t, cut in of_model.items() if t not in of_guide}
     trained: set[Tensor] = set(model.base_net.parameters())
     # The space comes last: the guide finds its components by the old numbering.
     guide.select(keep)
@@ -110,14 +114,17 @@ def check_pair(model: RankModel, guide: RankGuide) -> None:
         )
 
 
-def _check_follows(model: RankModel, keep: Tensor, cuts: Cuts) -> None:
-    """Raise unless the model draws, on the ranks that stay, what the guide will.
+def _check_follows(
+    model: RankModel, guide: RankGuide, keep: Tensor, cuts: Cuts
+) -> None:
+    """Raise unless model and guide can run on the ranks that stay.
 
-    A prior or a draw is any program, so whether it follows can only be seen by running
-    it on sliced tensors.
+    A prior, a draw or a guide is any program, so whether it follows can only be seen by
+    running it: the model on sliced tensors, the guide as a copy.
 
     Args:
         model: The model.
+        guide: Its guide.
         keep: Which components stay.
         cuts: Those of the adapter and of the model.
     """
@@ -125,22 +132,36 @@ def _check_follows(model: RankModel, keep: Tensor, cuts: Cuts) -> None:
     expected = {}
     if model.binds == "gates":  # other sites may have any layout
         expected = {
-            name: len(space.indices_kept(keep, name, fn.event_shape[0]))
+            name: len(space.indices_kept(keep, name, fn.event_shape.numel()))
             for name, fn in model.latent_sites().items()
         }
+    # The copy has the network in common, which a guide may reach by its model.
+    trial = copy.deepcopy(guide, {id(space): space, id(model): model})
+    of_guide: list[int] = []
     try:
-        with sliced_for_a_trial(cuts), _as_if_in(model, after):
+        trial.select(keep)
+        trial.space = after
+        with sliced_for_a_trial(cuts), _as_if_in(model, after), torch.no_grad():
             sizes, ranks = _drawn_sizes(model)
+            of_guide = [len(trial.log_alpha)]
+            if model.binds == "gates":
+                of_guide.append(len(trial.mean()))
         problem = f"it draws {sizes} for ranks {list(ranks.values())}"
-    except (RuntimeError, ValueError, IndexError, TypeError, KeyError) as error:
-        sizes, ranks, problem = {}, {}, f"it fails: {error}"
+    except Exception as error:  # of whatever the user wrote
+        sizes, ranks, problem = {}, {}, f"it fails: {error!r}"
     wrong_sites = expected != {name: sizes.get(name) for name in expected}
     if wrong_sites or ranks != dict(zip(after.modules, after.ranks)):
         raise TypeError(
-            f"{type(model).__name__} does not follow its rank space to {after.size} "
-            f"rank components: {problem}; expected {expected or 'draws'} for ranks "
-            f"{list(after.ranks)}. In draw and in the prior, take all sizes from "
-            f"space.size, space.ranks and space.group(level)"
+            f"{type(model).__name__} or its guide does not follow the rank space to "
+            f"{after.size} rank components: {problem}; expected {expected or 'draws'} "
+            f"for ranks {list(after.ranks)}. In draw, prior and guide, take all sizes "
+            f"from space.size, space.ranks and space.group(level)"
+        )
+    if {*of_guide} != {after.size}:
+        raise TypeError(
+            f"{type(guide).__name__} does not follow the rank space to {after.size} "
+            f"rank components: mean or log_alpha has {of_guide} entries; give it cuts "
+            f"and select that cut all of its state"
         )
 
 
@@ -155,9 +176,9 @@ def _as_if_in(model: RankModel, space: RankSpace) -> Iterator[None]:
 
 def _drawn_sizes(model: RankModel) -> tuple[dict[str, int], dict[str, int]]:
     """One draw's size of each latent site, and the rank that each module has by it."""
-    with torch.no_grad(), torch.random.fork_rng(), poutine.block():
+    with torch.random.fork_rng(), poutine.block(), pyro.get_param_store().scope():
         with poutine.trace() as run:
             factors = model.factors(model.draw())
     sites = latent_sites(run.trace).items()
-    sizes = {name: site["fn"].event_shape[0] for name, site in sites}
+    sizes = {name: site["fn"].event_shape.numel() for name, site in sites}
     return sizes, {name: len(each.gate) for name, each in factors.items()}

@@ -116,7 +116,7 @@ def build_guide(
             raise _must_pass(folder, "guide", saved["name"], "you must make yourself")
         make = cls
     arguments = {}
-    family = _class_of(make)
+    family = _class_of(make, "guide")
     if family and not issubclass(family, AutoGuide):  # which waits for a first call
         arguments = _stored(folder, "guide", make, saved, model, {})
     guide = make(model, **arguments)
@@ -146,10 +146,11 @@ def _stored(
     A class gets all of them. A function makes by itself what no config can hold.
 
     Raises:
+        TypeError: If ``make`` is an object that is made already.
         ValueError: If ``make`` does not take the arguments, or the config cannot hold
             one that it needs.
     """
-    family, has = _class_of(make), {*known, *getattr(make, "keywords", ())}
+    family, has = _class_of(make, part), {*known, *getattr(make, "keywords", ())}
     if family:
         _check_name(folder, part, family.__name__, saved["name"])
     stored = {n: v for n, v in saved["arguments"].items() if n not in has}
@@ -178,13 +179,24 @@ def _stored(
         raise ValueError(
             f"{folder} does not hold the argument {name!r} ({kind}) of the {part} "
             f"{saved['name']!r}: JSON cannot, or no attribute has its name; pass it: "
-            f"load(path, net, {part}=functools.partial({saved['name']}, {name}=...))"
+            f"load(path, net, {part}=functools.partial({saved['name']}, {name}=...)), "
+            f"or a function"
         )
     return arguments
 
 
-def _class_of(make: Callable[..., object]) -> type | None:
-    """The class that ``make`` is, or is a partial of; None for a function."""
+def _class_of(make: Callable[..., object], part: str) -> type | None:
+    """The class that ``make`` is, or is a partial of; None for a function.
+
+    Raises:
+        TypeError: If ``make`` is an object that is made already.
+    """
+    if isinstance(make, nn.Module):
+        raise TypeError(
+            f"{part} is a {type(make).__name__} object; expected its class, a partial "
+            f"of it, or a function that makes it: load(path, net, "
+            f"{part}={type(make).__name__})"
+        )
     made = make.func if isinstance(make, partial) else make
     return made if isinstance(made, type) else None
 

@@ -98,6 +98,7 @@ def save(path: AnyPath, model: RankModel, guide: nn.Module) -> Path:
             f"guide is a {type(guide).__name__}, whose parameters are in Pyro's store "
             f"alone; make it a PyroModule, such as guides.RankDiagonal(model)"
         )
+    model.latent_sites()  # a prior may make its tensors when it first runs
     adapter = plain_adapter(model, guide, drop=False)
     parts = _parts(model, guide)
     config = json.dumps(config_of(model, guide, parts), indent=2)
@@ -173,6 +174,7 @@ def load(
         loaded.space.origin = tuple(config["origin"])
         if config["centered"]:
             center_at(loaded.space, torch.zeros(loaded.space.size))
+        loaded.latent_sites()  # a prior may make its tensors when it first runs
         its_guide = build_guide(folder, config, guide, loaded)
         _restore(folder, _parts(loaded, its_guide), saved, set(config["frozen"]))
     return loaded, its_guide

@@ -16,7 +16,7 @@ from pyro import distributions as pyro_distributions
 from torch import Tensor
 from torch.distributions import Distribution
 
-from lrvd_pyro import distributions
+from lrvd_pyro import distributions, guides, models
 
 __all__ = ["Unstorable", "builtin_classes", "decode", "describe", "encode"]
 
@@ -38,13 +38,16 @@ def describe(thing: object, home: ModuleType) -> dict[str, Any]:
         thing: A model, prior, likelihood or guide; a function is described by its name.
         home: The package that defines the builtin classes of this kind.
     """
+    if isinstance(thing, partial):
+        inner = describe(thing.func, home)["name"]
+        return {"name": f"partial of {inner}", "builtin": False, "arguments": {}}
     if inspect.isroutine(thing):
         return {"name": thing.__name__, "builtin": False, "arguments": {}}
     cls = type(thing)
     # By identity: a user's class may bear the name of a builtin one.
     builtin = builtin_classes(home).get(cls.__name__) is cls
     arguments = {}
-    for name in _parameters(cls):
+    for name in _arguments(thing, home):
         if hasattr(thing, name):
             arguments[name] = encode(getattr(thing, name))
         elif not builtin:  # whose own tensors tell the rest
@@ -52,12 +55,26 @@ def describe(thing: object, home: ModuleType) -> dict[str, Any]:
     return {"name": cls.__name__, "builtin": builtin, "arguments": arguments}
 
 
+def _arguments(thing: object, home: ModuleType) -> list[str]:
+    """The names of constructor arguments that say what an object is."""
+    named = [*inspect.signature(type(thing)).parameters.values()]
+    if home in (models, guides):
+        named = named[1:]  # the network of a model, the model of a guide
+    # The config describes these by themselves.
+    elsewhere = {"num_data", "adapter", "prior", "likelihood"} if home is models else ()
+    names = [p.name for p in named if p.kind is not p.VAR_KEYWORD]
+    if len(names) < len(named):  # what a constructor passes on
+        names += sorted(getattr(thing, "passed", frozenset()) - {*names})
+    return [name for name in names if name not in elsewhere]
+
+
 def encode(value: object) -> Any:
     """Give a constructor argument as JSON, or its name alone where JSON cannot hold it.
 
     `decode` is the inverse.
     """
-    if value is None or isinstance(value, bool | int | float | str):
+    # By type: an Enum may be a str too, and would come back as a mere text.
+    if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Tensor) and value.dim() == 0:
         return value.detach().item()
@@ -69,7 +86,8 @@ def encode(value: object) -> Any:
         keywords = {key: encode(v) for key, v in value.keywords.items()}
         return {"partial": name, "args": encode(value.args), "keywords": keywords}
     if isinstance(value, Distribution) and (name := _distribution(type(value))):
-        stored = {key: getattr(value, key, None) for key in _parameters(type(value))}
+        keys = [*inspect.signature(type(value)).parameters]
+        stored = {k: getattr(value, k, None) for k in keys if k != "validate_args"}
         if all(isinstance(v, Tensor) and v.dim() == 0 for v in stored.values()):
             keywords = {key: encode(v) for key, v in stored.items()}
             return {"instance": name, "keywords": keywords}
@@ -105,19 +123,6 @@ def builtin_classes(home: ModuleType) -> dict[str, type]:
         for name, cls in vars(home).items()
         if isinstance(cls, type) and f"{cls.__module__}.".startswith(package)
     }
-
-
-def _parameters(cls: type[object]) -> list[str]:
-    """The parameters of a constructor that say what the object is."""
-    left_out = {"self", "validate_args", "model", "net", "num_data", "adapter"}
-    left_out |= {"prior", "likelihood"}  # the config describes these two separately
-    constructor: Any = cls.__init__
-    named = [
-        p.name
-        for p in inspect.signature(constructor).parameters.values()
-        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
-    return [name for name in named if name not in left_out]
 
 
 def _distribution(cls: object) -> str | None:

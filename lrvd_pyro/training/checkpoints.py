@@ -182,8 +182,8 @@ def resume(
         check_optimizer(path, optimizer, present, still, state["optimizer"])
         if isinstance(sampler, ResumableSampler):
             sampler.check(state["sampler"])
-    if not keep.all():
-        select(model, cast(RankGuide, guide), optimizer, keep=keep)
+        if not keep.all():
+            select(model, cast(RankGuide, guide), optimizer, keep=keep)
     # Every check has passed: nothing below fails, so no run is half restored.
     model.space.origin = state["ranks"]["origin"]
     with torch.no_grad():

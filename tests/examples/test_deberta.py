@@ -80,17 +80,16 @@ def test_the_readmes_command_trains_predicts_and_saves_a_deberta(
     monkeypatch.syspath_prepend(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     quickstart = importlib.import_module("quickstart")
-    monkeypatch.setattr(quickstart, "PER_LIBRARY", 12)
-    monkeypatch.setattr(importlib.import_module("run_folder"), "DRAWS", 5)
+    monkeypatch.setattr(importlib.import_module("quickstart_task"), "PER_LIBRARY", 12)
     folder, data = tmp_path / "model", tmp_path / "reviews.tsv"
     write_model(folder)
     write_data(data)
     given = {
         "microsoft/deberta-v3-base": str(folder),
-        "glue:sst2": str(data),
+        "glue:mrpc": str(data),
         "cuda": "cpu",
     }
-    command = [given.get(option, option) for option in options()]
+    command = [given.get(option, option) for option in options()] + ["--draws", "25"]
     assert set(given.values()) <= set(command)
     with pytest.warns(UserWarning, match="query_proj' sees 1 rows.*once per batch"):
         quickstart.main(command)

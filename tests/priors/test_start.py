@@ -51,9 +51,7 @@ def test_a_start_at_the_edge_is_refused_and_the_way_out_works(
 ) -> None:
     prior = prior_of(law)
     model = GateLoRA(perceptron(), prior=prior, num_data=60)
-    message = (
-        r"start the latent site 'gate' at 1.0, which is not .*prior.start = {'gate'"
-    )
+    message = r"site 'gate' at 1.0, which is not inside .*prior.start = {'gate'"
     with pytest.raises(ValueError, match=message):
         make(model)
     prior.start = {"gate": inside}
@@ -64,11 +62,35 @@ def test_a_start_at_the_edge_is_refused_and_the_way_out_works(
 
 
 @pytest.mark.parametrize(
-    "law", [dist.Normal(0.0, 1.0), dist.Gamma(2.0, 2.0), dist.Uniform(0.0, 1.001)]
+    "law", [dist.Normal(0.0, 1.0), dist.Gamma(2.0, 2.0), dist.Uniform(0.9995, 1.0005)]
 )
 def test_a_start_inside_is_one(law: dist.TorchDistribution) -> None:
     model = GateLoRA(perceptron(), prior=prior_of(law), num_data=60)
     assert torch.equal(model.start()["gate"], torch.ones(8))
+
+
+def shares(space: RankSpace) -> Tensor:
+    """Gates that share a budget."""
+    law = dist.Dirichlet(2 * space.ones())
+    return space.size * pyro.sample("share", law)
+
+
+def below_top(space: RankSpace) -> Tensor:
+    """Gates below a limit that is latent itself."""
+    top = pyro.sample("top", dist.LogNormal(space.ones(1) * 0, 3.0).to_event(1))
+    law = dist.Uniform(0 * space.ones(), 3 * top)
+    gate: Tensor = pyro.sample("gate", law.to_event(1))
+    return gate
+
+
+def test_a_start_on_a_simplex_or_below_a_latent_limit_is_inside() -> None:
+    shares.start = {"share": 1 / 8}  # type: ignore[attr-defined]
+    model = GateLoRA(perceptron(), prior=shares, num_data=60)
+    torch.testing.assert_close(model.start()["share"], torch.full((8,), 1 / 8))
+    model = GateLoRA(perceptron(), prior=below_top, num_data=60)
+    for seed in range(20):  # whatever the limit that is drawn
+        torch.manual_seed(seed)
+        assert torch.equal(model.start()["gate"], torch.ones(8))
 
 
 class Silent(lrvd.priors.LogUniform):

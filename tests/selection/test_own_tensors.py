@@ -138,7 +138,8 @@ def test_a_draw_that_does_not_follow_is_refused_before_anything_changes() -> Non
     weight.grad = torch.ones_like(weight)
     before, space = same(model, guide), model.space
     with pytest.raises(
-        TypeError, match="Rigid does not follow its rank space to 6 rank .*it fails"
+        TypeError,
+        match="Rigid or its guide does not follow .* it fails",
     ):
         select(model, guide, keep=some(space))
     assert all(torch.equal(a, b) for a, b in zip(before, same(model, guide)))
@@ -174,8 +175,111 @@ def test_gradients_survive_a_refused_selection() -> None:
     guide = RankDiagonal(model)
     lrvd.RankELBO()(model, guide)(**tokens()).backward()
     before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    with pytest.raises(TypeError, match="GateLoRA does not follow its rank space"):
+    with pytest.raises(TypeError, match="GateLoRA or its guide does not follow"):
         select(model, guide, keep=some(model.space))
     after = [p.grad for p in model.parameters() if p.grad is not None]
     assert len(before) == len(after) > 0
     assert all(torch.equal(a, b) for a, b in zip(before, after))
+
+
+class Shared(Uniform):
+    """Its width is the prior's own number for each rank: empirical Bayes."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.log_width = model.prior.log_gamma
+
+
+@pytest.mark.filterwarnings("ignore:no closed form")
+def test_a_tensor_that_guide_and_prior_share_is_cut_once() -> None:
+    model = GateLoRA(nets.bert(), num_data=60, prior=lrvd.priors.ARD())
+    guide, keep = Shared(model), some(model.space)
+    optim = lrvd.optim.AdamW()
+    svi = SVI(model, guide, optim, loss=lrvd.RankELBO())
+    svi.step(**tokens())
+    before = guide.log_width.detach().clone()
+    select(model, guide, optim, keep=keep)
+    assert guide.log_width is model.prior.log_gamma
+    assert torch.equal(guide.log_width, before[keep])
+    svi.step(**tokens())
+
+
+class Wide(Uniform):
+    """Its state has another layout than one row per rank component."""
+
+    def __init__(self, model: Any, shape: tuple[int, ...], name: str) -> None:
+        super().__init__(model)
+        setattr(self, name, nn.Parameter(torch.zeros(shape)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"), [((1, 16), "row"), ((16, 16), "matrix"), ((4, 16), "module_row")]
+)
+def test_a_guides_tensor_of_two_rank_dimensions_is_refused(
+    shape: tuple[int, ...], name: str
+) -> None:
+    model = GateLoRA(nets.bert(), num_data=60)
+    guide = Wide(model, shape, name)
+    before = same(model, guide)
+    with pytest.raises(TypeError, match=rf"'Wide.{name}' has shape .*override cuts"):
+        select(model, guide, keep=some(model.space))
+    assert all(torch.equal(a, b) for a, b in zip(before, same(model, guide)))
+
+
+class Plain(Uniform):
+    """It keeps a number for each rank where no cut reaches it."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.factor = torch.ones(self.space.size)
+
+    def mean(self) -> Tensor:
+        return self.factor
+
+
+def test_a_guide_that_does_not_follow_is_refused_before_anything_changes() -> None:
+    model = GateLoRA(nets.bert(), num_data=60)
+    guide = Plain(model)
+    before = same(model, guide)
+    with pytest.raises(TypeError, match=r"Plain does not follow .*has \[6, 16\] entr"):
+        select(model, guide, keep=some(model.space))
+    assert all(torch.equal(a, b) for a, b in zip(before, same(model, guide)))
+
+
+class Scaled(CoreLoRA):
+    """Its draw has a latent number and a parameter of Pyro's store."""
+
+    def draw(self) -> Tensor:
+        scale = pyro.param("own_scale", self.space.ones())
+        top = pyro.sample("top", dist.LogNormal(0.0, 1.0))
+        core: Tensor = super().draw() * top * scale.mean()
+        return core
+
+
+def test_a_scalar_site_is_no_obstacle_and_the_store_stays_as_it_is() -> None:
+    model = Scaled(nets.bert(), num_data=60)
+    model.draw()
+    select(model, Cores(model), keep=some(model.space))
+    assert len(pyro.param("own_scale")) == 16 and model.space.size == 6
+
+
+def test_a_prior_that_makes_its_parameters_late_is_cut_all_the_same() -> None:
+    class Own(lrvd.models.RankModel):
+        binds = "gates"
+
+        def draw(self) -> Tensor:
+            gate: Tensor = self.prior(self.space)
+            return gate
+
+        bind, factors = GateLoRA.bind, GateLoRA.factors
+
+    model = Own(nets.bert(), num_data=60, prior=lrvd.priors.ARD())
+    select(model, Uniform(model), keep=some(model.space))
+    assert len(model.prior.log_gamma) == 6
+
+
+def test_a_mask_that_is_no_tensor_is_refused_by_name() -> None:
+    model = GateLoRA(nets.bert(), num_data=60)
+    keep: Any = [True] * 16
+    with pytest.raises(TypeError, match="keep is a list; expected a tensor"):
+        select(model, RankDiagonal(model), keep=keep)

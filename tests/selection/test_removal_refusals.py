@@ -39,7 +39,7 @@ def unnamed_groups(space: RankSpace) -> Tensor:
 @pytest.mark.parametrize(
     "prior, message",
     [
-        (fixed_size, "does not follow its rank space to 6 rank components"),
+        (fixed_size, "does not follow the rank space to 6 rank components"),
         (unnamed_groups, "'tau' has 4 components, and nothing says"),
     ],
 )

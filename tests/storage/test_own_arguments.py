@@ -156,3 +156,91 @@ def test_a_guide_that_is_another_class_is_named_before_it_is_made(
     path = lrvd.save(tmp_path / "run", model, Uniform(model))
     with pytest.raises(ValueError, match="guide is 'RankDiagonal', but .* 'Uniform'"):
         lrvd.load(path, fresh(model.base_net), guide=RankDiagonal)
+
+
+class Passing(GateLoRA):
+    """Its constructor passes on what it does not know."""
+
+    def __init__(self, network: Any, *, rate: float = 1.0, **arguments: Any) -> None:
+        super().__init__(network, **arguments)
+        self.rate = rate
+
+
+def test_what_a_constructor_passes_on_comes_back(tmp_path: Path) -> None:
+    weight_prior = dist.Normal(0.0, 0.5)
+    model = Passing(nets.bert(), num_data=60, rate=2.0, weight_prior=weight_prior)
+    guide = perturbed(model)
+    path = lrvd.save(tmp_path / "run", model, guide)
+    loaded, _ = lrvd.load(path, fresh(model.base_net), model=Passing)
+    assert isinstance(loaded, Passing) and loaded.rate == 2.0
+    assert loaded.weight_prior is not None and loaded.weight_prior.scale == 0.5
+
+
+class Sided(FactorLoRA):
+    def __init__(self, net: Any, **arguments: Any) -> None:
+        super().__init__(net, **arguments)
+
+
+def test_the_sides_of_a_subclass_come_back(tmp_path: Path) -> None:
+    sides = ("lora_A", "lora_B")
+    model = Sided(nets.bert(), num_data=60, sides=sides)
+    guide = lrvd.guides.TiedDiagonal(model)
+    path = lrvd.save(tmp_path / "run", model, guide)
+    loaded = lrvd.load(path, fresh(model.base_net), model=Sided)
+    assert loaded[0].space.sides == sides
+    same_predictions((model, guide), loaded, tokens(labels=False))
+
+
+class Simple(lrvd.models.RankModel):
+    """It has no constructor of its own."""
+
+    binds, bind, factors = "gates", GateLoRA.bind, GateLoRA.factors
+
+    def draw(self) -> Tensor:
+        gate: Tensor = self.prior(self.space)
+        return gate
+
+
+class Named(Uniform):
+    """Its arguments have names that a model's have."""
+
+    def __init__(self, gated: Any, *, prior: float = 1.0, num_data: int = 1) -> None:
+        super().__init__(gated)
+        self.prior, self.num_data = prior, num_data
+
+
+def test_a_model_without_a_constructor_and_a_guide_of_other_names_come_back(
+    tmp_path: Path,
+) -> None:
+    model = Simple(nets.bert(), num_data=60, prior=lrvd.priors.ARD())
+    guide = Named(model, prior=3.0, num_data=60)
+    path = lrvd.save(tmp_path / "run", model, guide)
+    loaded, its = lrvd.load(path, fresh(model.base_net), model=Simple, guide=Named)
+    assert isinstance(loaded, Simple) and (its.prior, its.num_data) == (3.0, 60)
+    same_predictions((model, guide), (loaded, its), tokens(labels=False))
+
+
+def test_an_object_in_place_of_a_class_is_refused(tmp_path: Path) -> None:
+    model = GateLoRA(nets.bert(), num_data=60)
+    guide = perturbed(model)
+    path, base = lrvd.save(tmp_path / "run", model, guide), fresh(model.base_net)
+    with pytest.raises(TypeError, match="model is a GateLoRA object; expected its cl"):
+        lrvd.load(path, base, model=model)
+    with pytest.raises(TypeError, match="guide is a RankDiagonal object; expected"):
+        lrvd.load(path, base, guide=guide)
+
+
+def scaled(by: float, space: Any) -> Tensor:
+    gate: Tensor = pyro.sample("gate", dist.Normal(space.ones(), by).to_event(1))
+    return gate
+
+
+def other(by: float, space: Any) -> Tensor:
+    return scaled(by, space)
+
+
+def test_a_partial_of_another_function_is_another_prior(tmp_path: Path) -> None:
+    model = GateLoRA(nets.bert(), num_data=60, prior=partial(scaled, 2.0))
+    path = lrvd.save(tmp_path / "run", model, perturbed(model))
+    with pytest.raises(ValueError, match="is 'partial of other', but .*'partial of sc"):
+        lrvd.load(path, fresh(model.base_net), prior=partial(other, 2.0))
