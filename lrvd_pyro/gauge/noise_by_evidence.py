@@ -129,8 +129,8 @@ def _check_guide(guide: RankGuide, noise: str) -> None:
     raise TypeError(
         f"guide is a {type(guide).__name__} over "
         f"{sorted(getattr(guide, 'families', []))}; noise={noise!r} needs one variance "
-        f"per gate: RankDiagonal on GateLoRA with a prior of one site, as LogUniform(); "
-        f'noise="tied" takes any guide'
+        f"per gate: RankDiagonal on GateLoRA with a prior of one site, such as "
+        f'LogUniform(); noise="tied" takes any guide'
     )
 
 

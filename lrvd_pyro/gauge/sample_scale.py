@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,9 @@ def sample_scale(
     return math.exp(low)
 
 
-def _contrasts(model: RankModel, values: Tensor, batches: Iterable[Batch]) -> Tensor:
+def _contrasts(
+    model: RankModel, values: Tensor, batches: Iterable[dict[str, Any]]
+) -> Tensor:
     """What the likelihood looks at under each value, ``S x n x ...``."""
     run, likelihood = FanOut(model, values, None), model.likelihood
     drawn = [run(batch) for batch in batches]
