@@ -50,18 +50,23 @@ that of automatic relevance determination, Wipf and Nagarajan (2007).
 from lrvd_pyro.gauge.balancing import Change, balance, hankel_values
 from lrvd_pyro.gauge.centering import center
 from lrvd_pyro.gauge.closed_form_noise import optimal_alpha
+from lrvd_pyro.gauge.evidence_noise import noise_by_evidence
 from lrvd_pyro.gauge.one_pass import bayesianize
 from lrvd_pyro.gauge.schedule import BalanceSchedule
 from lrvd_pyro.gauge.second_moments import Gramians, gramians
+from lrvd_pyro.gauge.weight_curvature import Evidence, evidence
 
 __all__ = [
     "BalanceSchedule",
     "Change",
+    "Evidence",
     "Gramians",
     "balance",
     "bayesianize",
     "center",
+    "evidence",
     "gramians",
     "hankel_values",
+    "noise_by_evidence",
     "optimal_alpha",
 ]

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lrvd_pyro.batches import Batch
-from lrvd_pyro.gauge.evidence import Evidence, evidence
 from lrvd_pyro.gauge.sample_scale import sample_scale
+from lrvd_pyro.gauge.weight_curvature import Evidence, evidence
 from lrvd_pyro.guides import RankDiagonal, RankGuide, RowDiagonal
 from lrvd_pyro.guides.families import RealNoise
 from lrvd_pyro.guides.weight_noise import WeightNoise
@@ -105,13 +105,15 @@ def noise_by_evidence(
     )
     gamma = found.gamma  # raises where there is none
     noisy: Any = guide
+    most = 1.0
     if noise == "tied":
         model, noisy = _tied(model, guide, found)
     mean, variance = _moments(noisy)
     if noise == "fisher":
         assert found.gate_fisher is not None
         variance = gamma / (len(mean) * found.gate_fisher)
-    most = gamma / float((variance * _information(found, noisy)).sum())
+    elif noise == "scaled":
+        most = gamma / float((variance * _information(found, noisy)).sum())
     scale = sample_scale(model, mean, variance, batches, most)
     _set_variance(noisy, scale * variance)
     noisy.linearized_scale = most / scale

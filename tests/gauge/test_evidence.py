@@ -1,0 +1,327 @@
+"""Noise by evidence: the curvature, the count of parameters, and the scales."""
+
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import nets
+import pytest
+import torch
+from nets import tokens
+from torch import Tensor, nn
+
+import lrvd_pyro as lrvd
+from lrvd_pyro.gauge import Evidence, evidence, noise_by_evidence
+from lrvd_pyro.gauge.sample_scale import sample_scale
+from lrvd_pyro.guides import RankDiagonal, RowDiagonal, TiedDiagonal
+from lrvd_pyro.guides.fisher_laplace import gate_fisher
+from lrvd_pyro.likelihoods import Normal
+from lrvd_pyro.models import FactorLoRA, GateLoRA
+from lrvd_pyro.predictive.linearized import Linearized, gate_gaussian
+
+SIDES = ("lora_A", "lora_B")
+
+
+def images(size: int = 6) -> dict[str, Tensor]:
+    return {"x": torch.randn(size, 3, 6, 6), "labels": torch.arange(size) % 3}
+
+
+def rows(size: int = 6) -> dict[str, Tensor]:
+    return {"x": torch.randn(size, 5), "labels": torch.arange(size) % 3}
+
+
+NETS: dict[str, tuple[Any, Any]] = {
+    "bert": (nets.bert, tokens),
+    "perceptron": (nets.perceptron, rows),
+}
+
+
+def by_hand(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """The diagonal of the Gauss-Newton matrix, from one example's Jacobian at a time."""
+    weights = [w for side in SIDES for w in model.space.weights(side)]
+    each = [r for side in SIDES for r in model.space.rows(side)]
+    total = [torch.zeros_like(w) for w in weights]
+    net, size = model.base_net.eval(), len(batch["labels"])
+    for i in range(size):
+        one = {k: v[i : i + 1] for k, v in batch.items() if k != "labels"}
+        output = net(**one)
+        logits = getattr(output, "logits", output)[0]
+        p = logits.detach().softmax(-1)
+        jacobian = [
+            torch.autograd.grad(logit, weights, retain_graph=True) for logit in logits
+        ]
+        metric = p.diag() - p.outer(p)
+        for j, h in enumerate(total):
+            J = torch.stack([row[j] for row in jacobian])
+            h += torch.einsum("c...,cd,d...->...", J, metric, J)
+    flat = [layout.flatten(h) for layout, h in zip(each, total)]
+    return torch.cat(flat) * model.num_data / size
+
+
+@pytest.mark.parametrize("family", [GateLoRA, FactorLoRA])
+@pytest.mark.parametrize("net", NETS)
+def test_the_curvature_is_that_of_each_examples_jacobian(net: str, family: Any) -> None:
+    make, batch_of = NETS[net]
+    options = {"sides": SIDES} if family is FactorLoRA else {}
+    model = family(make(), num_data=60, **options)
+    guide = RankDiagonal(model) if family is GateLoRA else RowDiagonal(model)
+    batches = [batch_of(6), batch_of(4)]
+    found = evidence(model, guide, batches)
+    expected = (6 * by_hand(model, batches[0]) + 4 * by_hand(model, batches[1])) / 10
+    torch.testing.assert_close(found.curvature, expected)
+    twice = by_hand(model, batches[0]) + by_hand(model, batches[1])  # N/B twice
+    assert not torch.allclose(found.curvature, twice)
+    if found.gate_fisher is not None:
+        exact = gate_fisher(model, model.space.ones(), batches).diagonal()
+        torch.testing.assert_close(found.gate_fisher, exact)
+
+
+def test_one_sum_by_random_signs_has_no_bias_and_one_without_signs_has() -> None:
+    model = GateLoRA(nets.perceptron(), num_data=60)
+    guide, batch = RankDiagonal(model), rows(8)
+    exact = evidence(model, guide, [batch]).curvature.sum()
+    generator = torch.Generator().manual_seed(0)
+    drawn = [
+        evidence(model, guide, [batch], sampled=True, generator=generator)
+        for _ in range(200)
+    ]
+    sums = torch.stack([found.curvature.sum() for found in drawn])
+    error = sums.std() / math.sqrt(len(sums))
+    assert (sums.mean() - exact).abs() < 4 * error
+    weights = model.space.weights("lora_B")  # the twin: the plain sum of the roots
+    unsigned = torch.zeros(())
+    for i in range(8):
+        roots = model.likelihood.fisher_roots(
+            model.predictions(x=batch["x"][i : i + 1])
+        )
+        gradients = torch.autograd.grad(roots.sum(), weights, retain_graph=True)
+        unsigned += sum(g.square().sum() for g in gradients)
+    offset = sum(w.numel() for w in model.space.weights("lora_A"))
+    of_B = evidence(model, guide, [batch]).curvature[offset:].sum()
+    assert (unsigned * 60 / 8 - of_B).abs() > 0.02 * of_B
+
+
+def test_delta_maximizes_the_evidence_and_gamma_is_its_fixed_point() -> None:
+    h, weights = torch.rand(50).double() * 40, torch.randn(50).double()
+    found = Evidence(h, weights, None)
+
+    def log_evidence(delta: float) -> float:
+        quadratic = delta * weights.square().sum() / 2
+        return float(-quadratic - torch.log1p(h / delta).sum() / 2)
+
+    best = log_evidence(found.precision)
+    assert all(
+        log_evidence(found.precision * factor) < best
+        for factor in (0.9, 0.99, 1.01, 1.1)
+    )
+    size = float(weights.square().sum())
+    assert found.gamma == pytest.approx(found.precision * size)
+    assert 0 < found.gamma < 50
+
+
+def test_in_a_linear_gaussian_model_it_is_the_exact_marginal_likelihood() -> None:
+    torch.manual_seed(0)
+    design = torch.linalg.qr(torch.randn(40, 6).double())[0] * torch.arange(1, 7)
+    y = design @ torch.randn(6).double() * 0.5 + torch.randn(40).double()
+    h = design.square().sum(0)  # noise of variance 1: the Hessian is diagonal
+    delta = 1.0
+    for _ in range(200):
+        mode = design.T @ y / (h + delta)
+        delta = Evidence(h, mode, None).precision
+    grid = torch.logspace(-3, 3, 2001).double()
+    covariances = torch.eye(40) + design @ design.T / grid[:, None, None]
+    law = torch.distributions.MultivariateNormal(torch.zeros(40).double(), covariances)
+    best = grid[law.log_prob(y).argmax()]
+    assert delta == pytest.approx(float(best), rel=0.01)
+
+
+@pytest.mark.parametrize("noise", ["scaled", "fisher"])
+def test_the_quadratic_cost_of_the_gates_noise_becomes_gamma(noise: Any) -> None:
+    model = GateLoRA(nets.perceptron(), num_data=60)
+    guide = RankDiagonal(model, init_log_alpha=-5.0)
+    with torch.no_grad():
+        guide.log_variance += torch.linspace(-1, 1, 8)
+    before, batches = guide.log_alpha, [rows(8)]
+    found = evidence(model, guide, batches)
+    same, its = noise_by_evidence(model, guide, batches, noise=noise)
+    assert same is model and its is guide
+    alpha = guide.log_alpha.exp() * guide.linearized_scale
+    cost = (alpha * found.gate_fisher).sum()
+    assert float(cost) == pytest.approx(found.gamma, rel=1e-4)
+    if noise == "scaled":  # the ratios of the noise stay
+        factor = guide.log_alpha - before
+        torch.testing.assert_close(factor, factor.mean().expand(8))
+    else:
+        worth = alpha * found.gate_fisher
+        torch.testing.assert_close(worth, worth.mean().expand(8))
+
+
+def test_the_tied_noise_is_the_exact_posterior_where_the_curvature_is_diagonal() -> (
+    None
+):
+    """y = B A x with one output, A x orthogonal over the data: B's posterior is exact."""
+    net = nets.regression(features=3, r=3)
+    model = GateLoRA(net, likelihood=Normal(0.5), num_data=9)
+    (A,) = model.space.weights("lora_A")
+    with torch.no_grad():
+        A.copy_(torch.eye(3))
+    x = torch.eye(3).repeat(3, 1) * torch.tensor([1.0, 2.0, 3.0])
+    batch = {"x": x, "labels": torch.randn(9)}
+    rank_tied, guide = noise_by_evidence(
+        model, RankDiagonal(model), [batch], noise="tied"
+    )
+    assert isinstance(rank_tied, FactorLoRA) and isinstance(guide, RowDiagonal)
+    found = evidence(model, RankDiagonal(model), [batch])
+    scaling = model.space.layers[0].scaling["default"]
+    exact = x.square().sum(0) * (scaling / 0.5) ** 2 + found.precision
+    variance = guide.log_variance.exp()[3:] * guide.linearized_scale
+    torch.testing.assert_close(variance, 1 / exact, rtol=1e-4, atol=0)
+    assert rank_tied.likelihood is not model.likelihood
+
+
+def covariances(model: Any, guide: Any, batch: Any) -> tuple[Tensor, Tensor]:
+    """Of the contrasts, linearized and of draws."""
+    inputs = {name: v for name, v in batch.items() if name != "labels"}
+    exact = Linearized(model, gate_gaussian(model, guide, inputs)).contrasts(inputs)[1]
+    drawn = lrvd.predict(model, guide, [inputs], 4000, return_samples=True).samples
+    contrasts = (drawn[..., 1:] / drawn[..., :1]).log()
+    centered = contrasts - contrasts.mean(0)
+    return exact, torch.einsum("sbj,sbk->bjk", centered, centered) / 4000
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("family", [RowDiagonal, TiedDiagonal])
+def test_the_linearized_predictive_of_weights_is_that_of_small_draws(
+    family: Any, net: str
+) -> None:
+    make, batch_of = NETS[net]
+    model = FactorLoRA(make(), num_data=60, sides=SIDES)
+    guide, batch = family(model, init_log_alpha=-9.0), batch_of(4)
+    exact, drawn = covariances(model, guide, batch)
+    torch.testing.assert_close(drawn, exact, rtol=0.25, atol=0.05 * float(exact.max()))
+    guide.linearized_scale = 3.0  # the twin: draws do not know of it
+    widened, again = covariances(model, guide, batch)
+    torch.testing.assert_close(widened, 3 * exact)
+    torch.testing.assert_close(again, drawn)
+
+
+class Square(nn.Module):
+    """The same layer twice: y = (w x)^2 for x = 1, of which LoRA is the whole weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(self.layer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) ** 2
+
+
+def test_draws_get_the_noise_at_which_their_mean_moves_as_far_as_they_spread() -> None:
+    """z ~ N(1, s a): E z^2 - 1 = s a and Var z^2 = 4 s a + 2 (s a)^2, odd part 4 s a."""
+    net = nets.lora(Square(), target_modules=["layer"], r=1)
+    model = GateLoRA(net, likelihood=Normal(1.0), num_data=30)
+    batch = {"x": torch.ones(30, 1), "labels": torch.zeros(30)}
+    mean, variance = torch.ones(1), torch.full((1,), 0.25)
+    found = sample_scale(model, mean, variance, [batch], 1000.0)
+    # The shift s a equals the spread 2 sqrt(s a) at s a = 4; of few draws, roughly.
+    assert 1.5 < found * 0.25 < 12
+    assert sample_scale(model, mean, variance, [batch], 0.5) == 0.5
+
+
+def test_a_network_linear_in_its_gates_bears_all_of_the_noise() -> None:
+    model = GateLoRA(nets.regression(), likelihood=Normal(1.0), num_data=30)
+    guide, batch = RankDiagonal(model), {"x": torch.randn(30, 5)}
+    noise_by_evidence(model, guide, [batch])
+    assert guide.linearized_scale == pytest.approx(1.0)
+
+
+@pytest.fixture
+def scaled() -> Iterator[tuple[Any, Any, dict[str, Tensor]]]:
+    model = GateLoRA(nets.bert(), num_data=60)
+    guide, batch = RankDiagonal(model), tokens()
+    noise_by_evidence(model, guide, [batch])
+    guide.linearized_scale = 7.0
+    yield model, guide, batch
+
+
+def test_the_two_noises_come_back_from_disk(scaled: Any, tmp_path: Path) -> None:
+    model, guide, batch = scaled
+    lrvd.save(tmp_path / "run", model, guide)
+    base = copy.deepcopy(model.base_net).unload().requires_grad_(True)
+    loaded = lrvd.load(tmp_path / "run", base)
+    assert loaded[1].linearized_scale == 7.0
+    for method in ("sample", "linearized"):
+        ours, theirs = (
+            lrvd.predict(*pair, [batch], 4, method=method).probs
+            for pair in ((model, guide), loaded)
+        )
+        assert torch.equal(ours, theirs)
+
+
+def test_tied_noise_is_pruned_saved_exported_and_goes_to_arviz(tmp_path: Path) -> None:
+    model = GateLoRA(nets.bert(), num_data=60)
+    batch = tokens()
+    drawn, guide = noise_by_evidence(model, RankDiagonal(model), [batch], noise="tied")
+    before = guide.log_variance.detach().clone()
+    threshold = float(guide.log_alpha.median())
+    keep = lrvd.prune(drawn, guide, log_alpha_threshold=threshold)
+    assert 0 < int(keep.sum()) < 16
+    assert torch.equal(guide.log_variance, before[keep.repeat(2)])
+    lrvd.save(tmp_path / "run", drawn, guide)
+    lrvd.export_peft(tmp_path / "plain", drawn, guide, probe=batch)
+    base = copy.deepcopy(drawn.base_net).unload().requires_grad_(True)
+    loaded = lrvd.load(tmp_path / "run", base)
+    ours, theirs = (
+        lrvd.predict(*pair, [batch], 4, method="linearized").probs
+        for pair in ((drawn, guide), loaded)
+    )
+    torch.testing.assert_close(ours, theirs)
+    data = lrvd.to_arviz(drawn, guide, [batch], 3)
+    assert data["posterior"]["factor"].shape[-1] == drawn.space.flatten(*SIDES).numel()
+
+
+class NoCurvature(lrvd.likelihoods.Categorical):
+    fisher_roots = None  # type: ignore[assignment]
+
+
+def test_what_has_no_evidence_is_refused_and_the_pair_stays() -> None:
+    model, batch = GateLoRA(nets.perceptron(), num_data=60), rows()
+    guide = RankDiagonal(model)
+    before = guide.log_variance.detach().clone()
+    with pytest.raises(ValueError, match="got no batches"):
+        noise_by_evidence(model, guide, [])
+    with pytest.raises(TypeError, match="one batch; expected several"):
+        noise_by_evidence(model, guide, batch)
+    with pytest.raises(ValueError, match='expected "scaled", "fisher" or "tied"'):
+        noise_by_evidence(model, guide, [batch], noise="own")  # type: ignore[arg-type]
+    with torch.no_grad():
+        for side in SIDES:
+            for weight in model.space.weights(side):
+                weight.zero_()
+    with pytest.raises(ValueError, match="has no maximum: .* is 0 and the curvature"):
+        noise_by_evidence(model, guide, [batch])
+    assert torch.equal(guide.log_variance, before) and guide.linearized_scale == 1.0
+    plain = GateLoRA(nets.perceptron(), likelihood=NoCurvature(), num_data=60)
+    with pytest.raises(TypeError, match="noise by evidence needs .*fisher_roots"):
+        noise_by_evidence(plain, RankDiagonal(plain), [batch])
+
+
+def test_guides_and_networks_of_another_kind_are_refused() -> None:
+    batch = tokens()
+    horseshoe = GateLoRA(nets.bert(), prior=lrvd.priors.Horseshoe(), num_data=60)
+    with pytest.raises(TypeError, match="needs one variance per gate: RankDiagonal on"):
+        noise_by_evidence(horseshoe, RankDiagonal(horseshoe), [batch])
+    model = GateLoRA(nets.bert(), prior=lrvd.priors.Normal(), num_data=60)
+    learned = RankDiagonal(model, learn_mean=True)
+    with torch.no_grad():
+        learned.loc.mul_(0.5)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="some gates have a mean other than 1"):
+        noise_by_evidence(model, learned, [batch], noise="tied")
+    dora = GateLoRA(nets.bert(use_dora=True), num_data=60)
+    with pytest.raises(ValueError, match="use plain LoRA"):
+        noise_by_evidence(dora, RankDiagonal(dora), [batch])
+    with pytest.raises(ValueError, match="linearized_scale=0; expected a positive num"):
+        RankDiagonal(model, linearized_scale=0)
