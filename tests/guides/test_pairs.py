@@ -174,7 +174,8 @@ def test_a_foreign_guide_is_seen_through_handlers_around_the_model() -> None:
 
 
 def test_the_elbo_refuses_a_guide_whose_sites_have_another_size() -> None:
-    model, _ = automatic(Hierarchical())
+    one = nets.lora(nets.Perceptron(), target_modules=["out"], r=8)
+    model, _ = automatic(Hierarchical(), one)
 
     def guide(**batch: Any) -> None:
         for name, law in model.latent_sites().items():
