@@ -1,6 +1,7 @@
 """One thread at a time, for what torch and Pyro keep once for the whole process."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,6 +58,16 @@ def _task() -> object:
 
 
 _turn = _Turn()
+
+
+def _renew() -> None:
+    # A forked child has the lock as it stood, and not the thread that would give it.
+    global _turn
+    _turn = _Turn()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew)
 
 
 @contextmanager

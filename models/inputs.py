@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lrvd_pyro._compat.torch import tree_leaves
@@ -22,7 +22,7 @@ def copied(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
     Passes extend a key-value cache, empty a list, or write to a tensor. With a copy for
     each, all passes see the same inputs, and the caller's objects stay as they were.
-    Gradients flow through the copies of tensors.
+    Gradients flow through the copies of tensors. A module is passed as it is.
 
     Wrong as a way to train an ``nn.Parameter`` within an object of one's own: its copy
     is another parameter.
@@ -57,6 +57,8 @@ class _Cloning(TorchFunctionMode):
 
 
 def _copy(name: str, value: object, memo: dict[int, Any]) -> object:
+    if isinstance(value, nn.Module):  # whose parameters may train
+        return value
     try:
         return copy.deepcopy(value, memo)
     except torch.OutOfMemoryError:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrvd_pyro._compat.torch import tree_map
 from lrvd_pyro.rank_space.row_check import mixed_rows
@@ -28,7 +28,9 @@ class RowCheck:
     """Remembers where one example's draw would reach another's predictions.
 
     The first batch of two or more examples decides, in each setting: the LoRA modules
-    that there are, training or eval mode, and the names of the inputs. It costs one
+    that there are, the mode of each module, and the inputs' names, dimensions and
+    options. Wrong where the values of tensors decide the layout: a network that sorts
+    or packs its batch by length needs ``RankELBO(noise="batch")``. A batch costs one
     more forward pass, and backward passes as `mixed_rows` says. Where it does not run
     all modules (layerdrop, rare experts), up to 31 more batches are looked at.
     """
@@ -61,7 +63,7 @@ class RowCheck:
         # The meta device has no gradients to look at.
         if examples == 1 or space.device.type == "meta":
             return ""
-        setting = space.modules, space.net.training, frozenset(inputs)
+        setting = space.modules, _modes(space.net), _kinds(inputs)
         known = self._verdicts.setdefault(setting, _Verdict(set(space.modules)))
         if known.unseen and not known.reason and known.passes < _PASSES:
             with space.binding.holding({}):  # refuses what no draw can enter
@@ -71,6 +73,23 @@ class RowCheck:
             known.unseen -= seen
             known.passes += 1
         return known.reason
+
+
+def _modes(net: nn.Module) -> frozenset[str]:
+    """Which modules are in training mode: a part may be thawed later."""
+    return frozenset(name for name, module in net.named_modules() if module.training)
+
+
+def _kinds(inputs: Mapping[str, Any]) -> frozenset[tuple[str, object]]:
+    """What a layout may depend on: dimensions of tensors, values of options."""
+    return frozenset((name, _kind(value)) for name, value in inputs.items())
+
+
+def _kind(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.dim()
+    plain = value is None or isinstance(value, bool | int | float | str)
+    return value if plain else type(value)
 
 
 def _usable(leaf: object) -> object:

@@ -11,14 +11,16 @@ import pyro
 from pyro.infer.autoguide.guides import AutoContinuous
 from pyro.nn import PyroModule
 from pyro.optim import PyroOptim
-from pyro.poutine.messenger import Messenger
+from pyro.poutine.messenger import Messenger, unwrap
 from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor, nn
 
 __all__ = [
     "held_parameters",
+    "innermost",
     "mcmc_is_running",
     "messengers",
+    "model_of",
     "name_in_tree",
     "name_of",
     "other_thread_in_pyro",
@@ -86,6 +88,27 @@ def name_in_tree(module: object) -> str:
     Private for the same reason as `name_of`.
     """
     return getattr(module, "_pyro_name", "")
+
+
+def innermost(program: object) -> Any:
+    """The program within Pyro's handlers, or within other wrappers.
+
+    Private, since the module of Pyro's own ``unwrap`` does not list it.
+    """
+    while True:
+        inner = unwrap(inspect.unwrap(program))  # type: ignore[arg-type]
+        if inner is program:
+            return inner
+        program = inner
+
+
+def model_of(guide: object) -> Any:
+    """The program that an AutoGuide was made for; None of any other guide, or a copy.
+
+    Private, since a copied AutoGuide raises where its model is read.
+    """
+    held = getattr(guide, "_model", None)
+    return innermost(held[0]) if isinstance(held, tuple) and held else None
 
 
 def rename(root: PyroModule, name: str) -> None:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from lrvd_pyro.diagnostics.bootstrap import Interval, auroc, resampled
-from lrvd_pyro.diagnostics.calibration_gaps import GapSums, gap_sums
+from lrvd_pyro.diagnostics.calibration_gaps import GapSums, calibrated_errors, gap_sums
 from lrvd_pyro.diagnostics.scores import (
     calibration_bins,
-    check_flat,
+    check_probs,
     per_datum,
     risk_coverage,
     scores,
@@ -137,8 +137,11 @@ def calibration_report(
         name: Interval(values[name], *map(float, x.nanquantile(tails)))
         for name, x in measures.items()
     }
+    draws = torch.Generator().manual_seed(seed)
+    null = calibrated_errors(data.probs.amax(1), num_bootstrap, draws)
     for name, sums in gaps.items():
-        intervals[name] = Interval(values[name], *sums.interval(values[name]))
+        ends = sums.interval(values[name], null[name])
+        intervals[name] = Interval(values[name], *ends)
     return CalibrationReport(num_data=len(labels), **intervals)
 
 
@@ -247,7 +250,7 @@ def _check(prediction: object, num_bootstrap: int) -> None:
             f"the prediction is a {type(prediction).__name__}; expected a "
             f"CategoricalPrediction: predict(model, guide, batches) of a classifier"
         )
-    check_flat(prediction.probs)
+    check_probs(prediction.probs)
     if len(prediction.probs) < 1 or num_bootstrap < 1:
         raise ValueError(
             f"got a prediction for {len(prediction.probs)} data and "

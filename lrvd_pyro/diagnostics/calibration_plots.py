@@ -9,7 +9,7 @@ from lrvd_pyro.diagnostics._axes import axes_or_new, with_legend
 from lrvd_pyro.diagnostics.scores import (
     BINS,
     calibration_bins,
-    check_flat,
+    check_probs,
     risk_coverage,
 )
 from lrvd_pyro.likelihoods.categorical import CategoricalPrediction
@@ -101,7 +101,7 @@ def _confidence_and_hit(
     prediction: CategoricalPrediction, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The largest probability of each datum, and 1 where its class is the label."""
-    check_flat(prediction.probs)
+    check_probs(prediction.probs)
     probs = prediction.probs.detach().cpu().double()
     if labels.shape != probs.shape[:1]:
         raise ValueError(

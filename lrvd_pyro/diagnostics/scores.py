@@ -8,7 +8,7 @@ from lrvd_pyro.diagnostics.bootstrap import sum_of_first
 __all__ = [
     "BINS",
     "calibration_bins",
-    "check_flat",
+    "check_probs",
     "per_datum",
     "risk_coverage",
     "scores",
@@ -46,7 +46,7 @@ def scores(probs: Tensor, labels: Tensor, *, bins: int = BINS) -> dict[str, floa
     >>> scores(torch.eye(2), torch.tensor([0, 1]))["accuracy"]
     1.0
     """
-    check_flat(probs)
+    check_probs(probs)
     try:
         from torchmetrics.functional.classification import multiclass_calibration_error
     except ImportError as error:
@@ -59,7 +59,7 @@ def scores(probs: Tensor, labels: Tensor, *, bins: int = BINS) -> dict[str, floa
     return means | {"ece": float(ece)}
 
 
-def check_flat(probs: Tensor) -> None:
+def _check_flat(probs: Tensor) -> None:
     """Raise a ValueError unless there is one row of class probabilities per datum."""
     if probs.dim() != 2:
         raise ValueError(
@@ -67,6 +67,25 @@ def check_flat(probs: Tensor) -> None:
             f"prediction per datum. Of token labels give those that count, kept = "
             f"labels != -100: prediction[kept] (or its probs) and labels[kept]. "
             f"Intervals then take tokens for independent data"
+        )
+
+
+def check_probs(probs: Tensor) -> None:
+    """Raise a ValueError unless the rows are probabilities of classes.
+
+    NaN would count as a right prediction of class 0.
+    """
+    _check_flat(probs)
+    sums = probs.detach().double().sum(1)
+    if not (
+        bool((probs >= 0).all()) and torch.allclose(sums, sums.new_ones(()), atol=1e-2)
+    ):
+        raise ValueError(
+            f"class probabilities lie in {float(probs.min()):.3g} .. "
+            f"{float(probs.max()):.3g} and add up to {float(sums.min()):.3g} .. "
+            f"{float(sums.max()):.3g} in a row; expected numbers from 0 on that add up "
+            f"to 1: logits.softmax(-1). NaN comes from a model or guide that is not "
+            f"finite"
         )
 
 

@@ -28,4 +28,5 @@ def _rate(module: nn.Module) -> float:
     if isinstance(module, _MODULES):
         return module.p
     found = (x for name, x in vars(module).items() if "drop" in name)
-    return max((x for x in found if isinstance(x, float)), default=0.0)
+    # A rate is a share; thresholds and the like may be anything.
+    return max((x for x in found if isinstance(x, float) and x < 1), default=0.0)

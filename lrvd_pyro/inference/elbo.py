@@ -13,7 +13,7 @@ from pyro.infer import TraceMeanField_ELBO
 from pyro.poutine import Trace
 from torch import Tensor
 
-from lrvd_pyro._numbers import check_count
+from lrvd_pyro._numbers import check_count, check_rate
 from lrvd_pyro.batches import Batch, batch_size
 from lrvd_pyro.inference.gradient_checks import (
     NO_GRADIENT,
@@ -170,7 +170,7 @@ class RankELBO(TraceMeanField_ELBO):
     ) -> float:
         """Estimate the loss, and add its gradients if all of them are finite."""
         losses: list[Tensor] = []
-        gradients, scale = Gradients(), 1.0
+        gradients, scale, before = Gradients(), 1.0, self.step
         try:
             # One backward pass a particle: one graph at a time is in memory.
             for loss, params, scale in self._particles(model, guide, args, kwargs):
@@ -190,8 +190,10 @@ class RankELBO(TraceMeanField_ELBO):
                 wrong = self._infinite_term() or infinite_gradients(read)
                 wrong = wrong or f"the loss is {number}"
                 raise refusal(wrong, self.step - 1, _AS_BEFORE, read)
+            gradients.fit(math.sqrt(largest))
         except BaseException:
             gradients.drop()
+            self.step = before
             raise
         return float(number)
 
@@ -221,6 +223,8 @@ class RankELBO(TraceMeanField_ELBO):
         """Each particle's share of the loss, the parameters it read, its data scale."""
         given = self.kl_weight
         weight = float(given(self.step) if callable(given) else given)
+        if callable(given):
+            check_rate(f"kl_weight({self.step})", weight, "linear_warmup(1000)")
         terms: dict[str, Tensor] = {}
         divergences: dict[str, Tensor] = {}
         for _ in range(self.num_particles):

@@ -25,6 +25,7 @@ __all__ = [
     "weakly",
 ]
 
+_LARGEST = torch.finfo(torch.float16).max
 _float16: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
@@ -106,6 +107,20 @@ class Gradients:
                 pairs.append((parameter.grad, earlier))
         if pairs:
             add_each(*map(list, zip(*pairs, strict=True)))
+
+    def fit(self, largest: float) -> None:
+        """Hold the gradients of float16 parameters in float16 again, if they fit.
+
+        Optimizers but this library's expect a gradient of the parameter's precision.
+
+        Args:
+            largest: The largest gradient in absolute value.
+        """
+        for parameter in self.parameters.values():
+            half, gradient = parameter.dtype is torch.float16, parameter.grad
+            if half and gradient is not None and largest <= _LARGEST:
+                parameter.grad, parameter.grad_dtype = None, None
+                parameter.grad = gradient.half()
 
     def drop(self) -> None:
         """Leave the earlier gradients, and nothing of this call."""

@@ -1,9 +1,9 @@
 """How often latents are drawn: per example of a batch, or per batch."""
 
-import inspect
 import warnings
 from typing import Literal, get_args
 
+from lrvd_pyro._compat.pyro import innermost
 from lrvd_pyro.batches import Batch
 from lrvd_pyro.inference.programs import Program
 
@@ -30,7 +30,7 @@ def draws_per_example(
         batch: The batch that it is called with.
         warned: Reasons that the user knows; a new one is added, with a warning.
     """
-    look = getattr(inspect.unwrap(program), "mixed_rows", None)
+    look = getattr(innermost(program), "mixed_rows", None)
     reason = str(look(batch)) if look and noise == "auto" else ""
     if reason and reason not in warned:
         warned.add(reason)

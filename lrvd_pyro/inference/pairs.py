@@ -4,6 +4,7 @@ from typing import Any, TypeVar
 
 from pyro.nn import PyroModule
 
+from lrvd_pyro._compat.pyro import innermost, model_of
 from lrvd_pyro.inference.programs import Guide, Program
 
 __all__ = ["paired"]
@@ -18,7 +19,8 @@ def paired(model: Program, guide: _Guide) -> _Guide:
     guide's copy holds a copy of the model that nobody trains or averages. What is
     returned shares the guide's parameters and reads the model given here.
 
-    Other guides read no model. Their draws show whether they fit.
+    An AutoGuide knows the model that it was made on. Other guides read no model: their
+    draws show whether they fit.
 
     Args:
         model: The model. Of a program that is not one, nothing is checked.
@@ -35,8 +37,16 @@ def paired(model: Program, guide: _Guide) -> _Guide:
                 f"{name} is a {type(part).__name__} around a {type(wrapped).__name__}; "
                 f"expected that one itself: {name}.module"
             )
+    pair = model_of(guide), innermost(model)
+    theirs, here = (getattr(each, "space", None) for each in pair)
+    lineages = [getattr(space, "lineage", ()) for space in (theirs, here)]
+    if theirs and here and not {*lineages[0]} & {*lineages[1]}:
+        raise ValueError(
+            f"the {type(guide).__name__} was built on another model; pass both as they "
+            f"were trained, or make it on this one: {type(guide).__name__}(model)"
+        )
     rank_guide: Any = guide
-    if hasattr(guide, "paired_with") and hasattr(model, "space"):
-        rank_guide = rank_guide.paired_with(model)
+    if hasattr(guide, "paired_with") and hasattr(pair[1], "space"):
+        rank_guide = rank_guide.paired_with(pair[1])
     its_guide: _Guide = rank_guide
     return its_guide

@@ -5,6 +5,7 @@ Each later pass may hold several draws: copies of the batch, one below the other
 gate row per example.
 """
 
+import math
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -124,8 +125,10 @@ def trial(model: RankModel, values: Tensor, batch: _Inputs, copies: int) -> str 
     few = with_rows(batch, lambda rows: rows[:_TRIAL_EXAMPLES])
     try:
         expected, equal = looped(model, values, few), values[[1, 1, 1]]
-        error = _largest(fanned_out(model, values, few, copies) - expected)
-        rounding = _largest(fanned_out(model, equal, few, copies) - expected[1])
+        error = _error(fanned_out(model, values, few, copies), expected)
+        rounding = _error(
+            fanned_out(model, equal, few, copies), expected[[1]].expand_as(expected)
+        )
     except (torch.OutOfMemoryError, Uncopyable):
         # The next batch may find enough memory: no verdict must be remembered. And what
         # cannot be copied stops plain passes too.
@@ -134,14 +137,23 @@ def trial(model: RankModel, values: Tensor, batch: _Inputs, copies: int) -> str 
         # Any network may fail in any way on rows that it does not expect. One plain
         # pass per draw may still succeed.
         return f"{type(failure).__name__}: {failure}"
-    size, ulp = _largest(expected), resolution(model)
+    size, ulp = _largest(expected[expected.isfinite()]), resolution(model)
     # Kernels for other batch sizes round differently. The limit follows the rounding
     # that was seen, from a floor of 2 ulp up to a ceiling of half the digits.
     limit = min(max(8 * rounding, 2 * ulp * (1 + size)), ulp**0.5 * (1 + size))
     if error > limit:
         return f"its predictions would differ by {error:.2g}"
     # Three gates that give the same predictions prove nothing, as while B = 0.
-    return "" if _largest(expected - expected[0]) > 8 * limit else None
+    moved = (expected - expected[0]).nan_to_num(0.0, 0.0, 0.0)
+    return "" if _largest(moved) > 8 * limit else None
+
+
+def _error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference; infinite where one is finite and the other is not."""
+    finite = expected.isfinite()
+    if not torch.equal(found.isfinite(), finite):
+        return math.inf
+    return _largest((found - expected)[finite])
 
 
 def looped(
@@ -183,4 +195,4 @@ def _stacked(model: RankModel, values: Tensor, batch: _Inputs) -> Tensor:
 
 
 def _largest(tensor: Tensor) -> float:
-    return float(tensor.abs().max())
+    return float(tensor.abs().max()) if tensor.numel() else 0.0

@@ -132,14 +132,16 @@ def predict(
         else:
             draws = posterior_draws(model, guide, first, num_samples, posterior_samples)
             outputs = FanOut(model, bound_values(model, draws), max_batch)
-        rest = tqdm(chain([first], inputs), disable=not progress, desc="predict")
-        for batch in rest:
-            for name, field in model.likelihood.summarize(outputs(batch)).items():
-                # S x n x ... outgrows memory where the other fields do not.
-                if name != "samples" or return_samples:
-                    parts = fields.setdefault(name, [])
-                    check_alike(name, (parts or [field])[0], field)
-                    parts.append(field)
+    # The caller's batches come while no turn is held: they may wait for other threads.
+    for batch in tqdm(chain([first], inputs), disable=not progress, desc="predict"):
+        with evaluating(model), torch.no_grad(), seeded(seed):
+            summary = model.likelihood.summarize(outputs(batch))
+        for name, field in summary.items():
+            # S x n x ... outgrows memory where the other fields do not.
+            if name != "samples" or return_samples:
+                parts = fields.setdefault(name, [])
+                check_alike(name, (parts or [field])[0], field)
+                parts.append(field)
     return model.likelihood.collect({k: torch.cat(v) for k, v in fields.items()})
 
 

@@ -39,12 +39,11 @@ def mixed_rows(
 
     Returns:
         The reason, which names the first such layer. And the LoRA modules about which
-        this batch says something: those that ran, if the predictions are finite.
+        this batch says something: those that move finite predictions.
     """
     with _undisturbed(space), _probed(space, examples) as probes:
         outputs = predict()
-        reason = _misfit(probes, outputs, examples)
-        if reason or not outputs.isfinite().all():
+        if reason := _misfit(probes, outputs, examples):
             return reason, set()
         mixing = _leaks(outputs, probes)
     if mixing:
@@ -54,7 +53,7 @@ def mixed_rows(
             f"order, or examples see each other, as in batch normalization while "
             f"training"
         )
-    return reason, {name for name, probe in probes.items() if probe.ran}
+    return reason, {name for name, probe in probes.items() if probe.moved}
 
 
 class _Probe:
@@ -69,7 +68,7 @@ class _Probe:
         shift: A zero that is added to the output: gradients are taken in it.
         sizes: The largest gradient in each example's rows, ``B``, of a backward pass.
         misfit: A number of rows that is no multiple of the examples; None without one.
-        ran: Whether the layer ran, with gradients.
+        moved: Whether some prediction had a gradient in the layer.
     """
 
     def __init__(self, examples: int, trailing: int, device: torch.device) -> None:
@@ -77,7 +76,7 @@ class _Probe:
         self.shift = torch.zeros((), device=device, requires_grad=True)
         self.sizes = torch.zeros(examples, device=device)
         self.misfit: int | None = None
-        self.ran = False
+        self.moved = False
 
     def __call__(
         self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor
@@ -89,7 +88,6 @@ class _Probe:
         output = output + self.shift.to(output)
         if output.requires_grad:
             output.register_hook(self._look)
-            self.ran = True
         return output
 
     def _look(self, gradient: Tensor) -> None:
@@ -119,14 +117,17 @@ def _leaks(outputs: Tensor, probes: dict[str, _Probe]) -> list[str]:
         return []
     shifts = [probe.shift for probe in probes.values()]
     leaks = torch.zeros(len(shifts), dtype=torch.bool, device=shifts[0].device)
+    moved = torch.zeros_like(leaks)
     numbers = torch.arange(len(outputs), device=outputs.device)
     # Weights in general position: a layer norm at the end would hide a plain sum.
     weights = torch.arange(outputs[0].numel(), device=outputs.device).cos()
     weights = weights.to(outputs)
+    # Absent choices have logits of -inf, through which no gradient is defined.
+    finite = outputs.detach().isfinite()
     for bit in range((len(outputs) - 1).bit_length()):
         for half in (0, 1):
             inside = (numbers >> bit) % 2 == half
-            seed = (inside[:, None] * weights).view_as(outputs)
+            seed = (inside[:, None] * weights).view_as(outputs) * finite
             for probe in probes.values():
                 probe.sizes = torch.zeros_like(probe.sizes)
             torch.autograd.grad(
@@ -135,6 +136,9 @@ def _leaks(outputs: Tensor, probes: dict[str, _Probe]) -> list[str]:
             sizes = torch.stack([probe.sizes for probe in probes.values()])
             others = sizes * ~inside.to(sizes.device)
             leaks |= others.amax(1) > _LEAK * sizes.amax(1)
+            moved |= sizes.amax(1) > 0
+    for probe, has in zip(probes.values(), moved.tolist()):
+        probe.moved = has
     return [name for name, leak in zip(probes, leaks.tolist()) if leak]
 
 
@@ -160,6 +164,8 @@ def _undisturbed(space: RankSpace) -> Iterator[None]:
     gpus = [space.device] if space.device.type == "cuda" else []
     # Tensors of the inference mode, and those that are elsewhere, cannot be written.
     buffers = [b for b in space.net.buffers() if not (b.is_meta or b.is_inference())]
+    # Nor those that are one number many times over, as by expand.
+    buffers = [b for b in buffers if 0 not in b.stride()]
     copies = [buffer.clone() for buffer in buffers]
     with torch.inference_mode(False), torch.random.fork_rng(gpus):
         try:

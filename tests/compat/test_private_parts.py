@@ -305,6 +305,18 @@ def test_every_function_is_tested_here(module: Any) -> None:
             assert f".{name}(" in source, name
 
 
+def test_pyros_handlers_are_unwrapped() -> None:
+    def program() -> None: ...
+
+    handled = poutine.scale(poutine.block(program), scale=2.0)
+    assert compat_pyro.innermost(handled) is program, "pyro.poutine.messenger.unwrap"
+    assert compat_pyro.innermost(program) is program
+    guide = AutoDiagonalNormal(handled)
+    assert compat_pyro.model_of(guide) is program, "AutoGuide._model has changed"
+    assert compat_pyro.model_of(program) is None
+    assert compat_pyro.model_of(copy.deepcopy(guide)) is None
+
+
 def test_a_thread_in_pyro_is_found_by_its_frames() -> None:
     entered, leave = threading.Event(), threading.Event()
 

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from lrvd_pyro.diagnostics.bootstrap import grouped, resampled
 from lrvd_pyro.diagnostics.calibration import calibration_report
-from lrvd_pyro.diagnostics.calibration_gaps import GapSums, gap_sums
-from lrvd_pyro.diagnostics.scores import BINS, calibration_bins
+from lrvd_pyro.diagnostics.calibration_gaps import GapSums, calibrated_errors, gap_sums
+from lrvd_pyro.diagnostics.scores import BINS, calibration_bins, scores
 from lrvd_pyro.likelihoods.categorical import CategoricalPrediction
 
 TEST_SETS, SIZE, RESAMPLES = 100, 400, 200
@@ -25,14 +25,18 @@ def right(confidence: Tensor, excess: float) -> Tensor:
     return (torch.rand(len(confidence), dtype=torch.double) < chance).double()
 
 
-def drawn_sums(excess: float) -> tuple[dict[str, float], dict[str, GapSums]]:
-    """The two errors of one test set, and their sums over resamples of it."""
+Drawn = tuple[dict[str, float], dict[str, GapSums], dict[str, Tensor]]
+
+
+def drawn_sums(excess: float) -> Drawn:
+    """The errors of one test set, their resamples, and those of a calibrated one."""
     confidence = confidences(SIZE)
     hit = right(confidence, excess)
     once = gap_sums(confidence, hit, torch.ones(1, SIZE, dtype=torch.double))
     weights = resampled(RESAMPLES, SIZE, torch.Generator().manual_seed(0))
     values = {name: float(sums.errors()) for name, sums in once.items()}
-    return values, gap_sums(confidence, hit, weights)
+    null = calibrated_errors(confidence, RESAMPLES, torch.Generator().manual_seed(1))
+    return values, gap_sums(confidence, hit, weights), null
 
 
 @pytest.mark.parametrize("excess", [0.0, 0.03, 0.1])
@@ -43,8 +47,8 @@ def test_the_interval_holds_the_populations_error_and_quantiles_do_not(
     """A constant excess is the error in either kind of bins, since no gap cancels."""
     held, held_by_quantiles = 0, 0
     for _ in range(TEST_SETS):
-        values, sums = drawn_sums(excess)
-        low, high = sums[name].interval(values[name])
+        values, sums, null = drawn_sums(excess)
+        low, high = sums[name].interval(values[name], null[name])
         assert 0 <= low <= values[name] <= high <= 1
         held += low <= excess <= high
         low, high = sums[name].errors().quantile(TAILS).tolist()
@@ -87,4 +91,37 @@ def test_an_error_of_0_has_no_interval_around_it() -> None:
     hit = torch.tensor([1.0, 1.0, 0.0, 0.0]).double()
     weights = resampled(50, 4, torch.Generator().manual_seed(0))
     for sums in gap_sums(hit, hit, weights).values():
-        assert sums.interval(0.0) == (0.0, 0.0)
+        assert sums.interval(0.0, torch.zeros(50)) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(("doubt", "n"), [(0.02, 100), (0.004, 500)])
+def test_a_confident_classifier_that_is_calibrated_has_0_in_its_interval(
+    doubt: float, n: int
+) -> None:
+    """Most such sets have no error at all, and no noise to resample."""
+    with_0 = degenerate = 0
+    for _ in range(40):
+        confidence = 1 - doubt * torch.rand(n, dtype=torch.double)
+        probs = torch.stack([confidence, 1 - confidence], 1)
+        labels = (torch.rand(n) > confidence).long()
+        nothing = torch.zeros(n)
+        prediction = CategoricalPrediction(probs, nothing, nothing)
+        ece = calibration_report(prediction, labels, num_bootstrap=100).ece
+        with_0 += ece.low == 0
+        weights = resampled(100, n, torch.Generator().manual_seed(0))
+        hit = 1.0 - labels.double()
+        alone = gap_sums(confidence, hit, weights)["ece"]
+        degenerate += alone.interval(ece.value, torch.zeros(100))[0] > 0
+    assert with_0 >= 36
+    assert degenerate >= 8  # the twin: resamples of the data alone
+
+
+@pytest.mark.parametrize("probs", [[[0.5, float("nan")]], [[0.9, 0.6]], [[1.2, -0.2]]])
+def test_what_is_no_probability_has_no_scores(probs: list[list[float]]) -> None:
+    rows, labels = torch.tensor(probs), torch.tensor([0])
+    message = "class probabilities lie in .* expected numbers from 0 on that add up to"
+    with pytest.raises(ValueError, match=message):
+        scores(rows, labels)
+    prediction = CategoricalPrediction(rows, torch.zeros(1), torch.zeros(1))
+    with pytest.raises(ValueError, match=message):
+        calibration_report(prediction, labels)

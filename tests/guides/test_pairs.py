@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import nets
 import pyro
 import pytest
 import torch
@@ -23,6 +22,7 @@ from copied import (
     predicted,
 )
 from pyro import distributions as dist
+from pyro import poutine
 from pyro.infer import SVI
 from torch.optim.swa_utils import AveragedModel
 
@@ -137,7 +137,7 @@ def other_prior() -> Any:
     return automatic(Hierarchical())[1]
 
 
-@pytest.mark.parametrize("make", [lambda: wide, lambda: more, other_prior])
+@pytest.mark.parametrize("make", [lambda: wide, lambda: more])
 @pytest.mark.parametrize(
     "call", [predicted, mean_logits, drawn_logits, constants, linearized, export]
 )
@@ -150,10 +150,39 @@ def test_a_guide_that_draws_other_sites_is_refused(
     assert not [*tmp_path.iterdir()]
 
 
+def same_sites() -> Any:
+    return automatic()[1]
+
+
+@pytest.mark.parametrize("make", [other_prior, same_sites])
+@pytest.mark.parametrize(
+    "call", [predicted, mean_logits, drawn_logits, constants, linearized, export, step]
+)
+def test_an_autoguide_of_another_model_is_refused(
+    make: Any, call: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="AutoNormal was built on another model; pass"):
+        call(automatic()[0], make())
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_foreign_guide_is_seen_through_handlers_around_the_model() -> None:
+    (model, _), (_, guide) = automatic(), automatic()
+    with pytest.raises(ValueError, match="was built on another model"):
+        step(poutine.scale(model, scale=2.0), guide)
+
+
 def test_the_elbo_refuses_a_guide_whose_sites_have_another_size() -> None:
     one = nets.lora(nets.Perceptron(), target_modules=["out"], r=8)
     model, _ = automatic(Hierarchical(), one)
-    _, guide = automatic(Hierarchical())
+
+    def guide(**batch: Any) -> None:
+        for name, law in model.latent_sites().items():
+            (size,) = law.event_shape
+            longer = torch.ones(2 if size == 1 else size)
+            pyro.sample(name, dist.LogNormal(longer, 1.0).to_event(1))
+
     with pytest.raises(ValueError, match=r"shape \(2,\) in the guide and \(1,\) in"):
         step(model, guide)
 

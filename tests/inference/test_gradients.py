@@ -233,3 +233,24 @@ def test_the_message_lists_three_names_and_counts_the_rest() -> None:
     lost = re.search(r"before it: (.*); go on", str(error.value))
     assert lost is not None and lost[1].endswith(" and 1 more")
     assert lost[1].count("lora_A") == 3
+
+
+def test_a_refused_step_does_not_count() -> None:
+    model = rooted()
+    elbo = lrvd.RankELBO()
+    svi = SVI(model, rank_guide(model), lrvd.optim.AdamW(), loss=elbo)
+    svi.step(**rooted_batch(-1.0))
+    with pytest.raises(ValueError, match="the loss is finite, but not"):
+        svi.step(**rooted_batch(1.0))
+    assert elbo.step == 1  # else a warm-up would go on
+
+
+@pytest.mark.parametrize("weight", [-1.0, math.nan, math.inf])
+def test_a_warm_up_that_gives_nonsense_is_refused(weight: float) -> None:
+    model = rooted()
+    elbo = lrvd.RankELBO(kl_weight=lambda step: weight)
+    svi = SVI(model, rank_guide(model), lrvd.optim.AdamW(), loss=elbo)
+    with pytest.raises(
+        ValueError, match=r"kl_weight\(0\)=.*; expected a finite number"
+    ):
+        svi.step(**rooted_batch(-1.0))

@@ -1,5 +1,6 @@
 """Networks, heads and adapters of 16 bits train as those of 32 do."""
 
+import math
 from typing import Any
 
 import pyro
@@ -133,3 +134,15 @@ def test_by_torch_float16_takes_the_loss_per_datum_as_check_says() -> None:
         optim.step()
         optim.zero_grad()
     assert losses[-1] < losses[0] - 0.02
+
+
+@pytest.mark.parametrize("family", [pyro.optim.Adam, pyro.optim.ClippedAdam])
+def test_other_optimizers_take_float16_gradients_that_fit(family: Any) -> None:
+    torch.set_default_dtype(torch.float32)
+    model = GateLoRA(half_bert(torch.float16), num_data=6)
+    guide = RankDiagonal(model)
+    optim = family({"lr": 1e-4, "eps": 1e-4})
+    svi = SVI(model, guide, optim, loss=lrvd.RankELBO(noise="batch"))
+    losses = [svi.step(**tokens(6)) for _ in range(3)]
+    assert all(map(math.isfinite, losses))
+    assert all(p.isfinite().all() for p in model.parameters())

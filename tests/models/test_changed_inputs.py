@@ -195,3 +195,18 @@ def test_what_cannot_be_copied_is_refused_by_name() -> None:
         model(**batch)
     with pytest.raises(TypeError, match="tensors, lists or dicts, or give its class"):
         lrvd.predict(model, guide, [batch])
+
+
+class Prompted(nets.Perceptron):
+    """It takes a module as an input."""
+
+    def forward(self, x: Tensor, prompt: nn.Module) -> Tensor:
+        logits: Tensor = super().forward(prompt(x))
+        return logits
+
+
+def test_a_module_among_the_inputs_trains() -> None:
+    net = nets.lora(Prompted(), target_modules=["hidden"])
+    model, prompt = GateLoRA(net, num_data=SIZE), nn.Linear(5, 5)
+    model.predictions(x=torch.randn(SIZE, 5), prompt=prompt).sum().backward()
+    assert prompt.weight.grad is not None and prompt.weight.grad.abs().max() > 0

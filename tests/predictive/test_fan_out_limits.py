@@ -225,3 +225,20 @@ def test_max_batch_below_one_is_refused() -> None:
         ValueError, match="max_batch=0; expected a whole number, 1 or more"
     ):
         lrvd.predict(model, RankDiagonal(model), [batch], max_batch=0)
+
+
+class Absent(Mixer):
+    """A choice that no row has, and rows that see each other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.tensor([0.0, 0.0, -torch.inf])
+
+
+@pytest.mark.parametrize("kind", ["mixed", "plain"])
+def test_infinite_logits_do_not_end_the_trial(kind: str) -> None:
+    model = GateLoRA(lora(Absent(kind), target_modules=["hidden"]), num_data=4)
+    values = torch.rand(3, model.space.size) + 0.5
+    with torch.no_grad():
+        reason = str(trial(model, values, {"x": torch.randn(4, 5)}, 2))
+    assert ("predictions would differ" in reason) == (kind == "mixed")
+    assert (reason == "") == (kind == "plain")

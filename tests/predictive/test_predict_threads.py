@@ -2,6 +2,9 @@
 
 import asyncio
 import contextlib
+import os
+import queue
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -12,6 +15,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.nn import functional as F
 
 from lrvd_pyro import posterior_mean, posterior_sample, predict
 from lrvd_pyro.guides import RankDiagonal
@@ -238,3 +242,48 @@ def test_to_arviz_beside_predictions_gives_its_own_draws() -> None:
     with contextlib.suppress(FutureWarning):
         ways = [likelihoods, answers(model, guide)["predict"]]
         assert wrong_of(6, ways) == {"right": 24}
+
+
+def test_a_stream_that_waits_for_another_thread_holds_no_turn() -> None:
+    """A pipeline: one model's batches are what another thread has predicted."""
+    first, second = served(), served()
+    ready: queue.Queue[Tensor] = queue.Queue()
+
+    def produce() -> None:
+        for _ in range(3):
+            batch = {"x": torch.randn(3, 5)}
+            ready.put(predict(*first, [batch], 2).probs)
+
+    def consume() -> None:
+        stream = ({"x": F.pad(ready.get(timeout=30), (0, 2))} for _ in range(3))
+        assert len(predict(*second, stream, 2).probs) == 9
+
+    assert not in_threads(consume, produce)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_process_forked_while_another_thread_has_the_turn_predicts() -> None:
+    model, guide = served()
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with posterior_sample(model, guide, seed=0):
+            entered.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    entered.wait(60)
+    torch.set_num_threads(1)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        other, its = served()
+        os._exit(
+            int(len(predict(other, its, [{"x": torch.randn(3, 5)}], 2).probs) != 3)
+        )
+    _, status = os.waitpid(child, 0)
+    leave.set()
+    thread.join()
+    assert status == 0
