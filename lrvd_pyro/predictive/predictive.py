@@ -57,7 +57,7 @@ def predict(
     seed: int = 0,
     progress: bool = False,
 ) -> Any:
-    """The posterior predictive, by draws of the adapter or linearized in its gates.
+    """The posterior predictive, by draws of the adapter or linearized in it.
 
     "sample": ``p(y | x) = 1/S sum_s p(y | x, z_s)``, with the same S draws for every
     batch. The network before the first LoRA layer with a rank, a share p of it, runs
@@ -65,7 +65,8 @@ def predict(
 
     "linearized": ``p(y | x) = E p(y | c)`` with ``c ~ Normal(c(m), J V J^T)``. The
     contrasts c are logit differences or a mean. J is their Jacobian at the posterior
-    mean m of the gate, and V is the gate's posterior covariance. The expectation takes
+    mean m of gates or weights, and V their posterior covariance, times the guide's
+    ``linearized_scale`` if it has one. The expectation takes
     1,024 points, which cost nothing; ``num_samples`` and ``max_batch`` play no part.
     The cost is one forward pass, and one backward pass per contrast: C - 1 for C
     classes, one for regression.
@@ -98,8 +99,8 @@ def predict(
 
     Raises:
         TypeError: If ``batches`` is one batch, or a batch is not a mapping or holds no
-            tensor. Linearized also for `FactorLoRA` and DoRA layers, which take no gate
-            per example, and for a likelihood without contrasts.
+            tensor. Linearized also for a model of neither gates nor weights, for DoRA
+            layers, and for a likelihood without contrasts.
         ValueError: If there is no batch, or a datum's prediction has another shape in
             another batch, as of token labels at another length. If the guide has no
             parameters yet, or was built on another model. If ``num_samples`` or

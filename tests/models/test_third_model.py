@@ -112,7 +112,7 @@ def test_arviz_has_its_site_under_a_dimension_of_its_own() -> None:
 
 def test_what_needs_gates_refuses_it_by_name() -> None:
     model, guide = trained()
-    with pytest.raises(TypeError, match="needs gates, and CoreLoRA draws cores"):
+    with pytest.raises(TypeError, match="needs gates or weights, and CoreLoRA draws c"):
         lrvd.predict(model, guide, [tokens()], method="linearized")
     with pytest.raises(TypeError, match="the gauge needs gates, and CoreLoRA draws c"):
         lrvd.gauge.gramians(model, [tokens()])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import lrvd_pyro as lrvd
 from lrvd_pyro import guides, priors
-from lrvd_pyro.guides import RankDiagonal, TiedDiagonal
+from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.likelihoods.categorical import Categorical, CategoricalPrediction
 from lrvd_pyro.likelihoods.normal import Normal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
@@ -199,9 +199,10 @@ def test_nodes_have_mean_zero_and_covariance_one(size: int) -> None:
 
 def test_what_takes_no_gate_per_example_is_refused_with_the_way_out() -> None:
     model = FactorLoRA(bert(), num_data=60)
-    message = "FactorLoRA draws weights; predict.*sample"
-    with pytest.raises(TypeError, match=message):
-        lrvd.predict(model, TiedDiagonal(model), [tokens()], method="linearized")
+    with pytest.raises(TypeError, match=r"AutoDelta; .*takes RowDiagonal\(model\)"):
+        guide = guides.delta(model)
+        guide(**tokens())
+        lrvd.predict(model, guide, [tokens()], method="linearized")
     dora = GateLoRA(bert(use_dora=True), num_data=60)
     message = r"the DoRA layer 'bert.encoder.layer.0.\S+' does not take; predict.*sampl"
     with pytest.raises(TypeError, match=message):
