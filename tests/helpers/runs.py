@@ -159,10 +159,14 @@ def everything(run: Run) -> str:
 
 def automatic(family: Any) -> tuple[Any, Any]:
     model = GateLoRA(nets.perceptron(), prior=lrvd.priors.ARD(), num_data=20)
-    guide = give_own_name(family(model))
+    return model, set_up(family(model))
+
+
+def set_up(guide: Any) -> Any:
+    """An AutoGuide under a name of its own, with its parameters."""
     x, labels = data()
-    guide(x=x, labels=labels)
-    return model, guide
+    give_own_name(guide)(x=x, labels=labels)
+    return guide
 
 
 def frozen(net: Any) -> Any:

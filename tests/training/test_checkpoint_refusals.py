@@ -147,7 +147,7 @@ OBJECTS: dict[str, tuple[Callable[[Run], Any], str]] = {
         "with optimizer=lrvd_pyro.AdamW and .*optimizer=torch.AdamW",
     ),
     "guide": (
-        lambda run: run | {"guide": runs.automatic(AutoNormal)[1]},
+        lambda run: run | {"guide": runs.set_up(AutoNormal(run["model"]))},
         "with guide=lrvd_pyro.RankDiagonal and .*guide=pyro.AutoNormal",
     ),
     "order": (
