@@ -12,7 +12,10 @@ from lrvd_pyro.inference.dropout import active_dropout
 from lrvd_pyro.rank_space.find import plain_net
 from lrvd_pyro.rank_space.space import RankSpace
 
-__all__ = ["TrainingChecks"]
+__all__ = ["MOVES_BASE", "TrainingChecks"]
+
+# Values of init_lora_weights that subtract the first B A from the base weights.
+MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class TrainingChecks:
@@ -30,6 +33,7 @@ class TrainingChecks:
             self._began = True
             _warn_of_a_frozen_adapter(space)
             _warn_of_random_parts(space)
+            _warn_of_a_moved_base(space)
         # The mode of the network may change after the first step.
         net = plain_net(space.net)
         if net.training and not self._saw_training_mode:
@@ -72,6 +76,19 @@ def _warn_of_random_parts(space: RankSpace) -> None:
             f"are random and frozen, and training leaves them so; "
             f'LoraConfig(task_type="SEQ_CLS"), or "TOKEN_CLS", trains '
             f"a new head, and LoraConfig(modules_to_save=[{part!r}]) any part",
+            stacklevel=2,
+        )
+
+
+def _warn_of_a_moved_base(space: RankSpace) -> None:
+    """Ways to start an adapter that take it out of the base, whose weights move."""
+    start = space.net.peft_config[space.adapter].init_lora_weights
+    if str(start).lower().startswith(MOVES_BASE):
+        warnings.warn(
+            f"init_lora_weights={start!r} changed the base, so that adapter files for "
+            f"the base as it was do not hold the network: save will refuse it, and "
+            f'export_peft(mode="merged") gives its mean; to keep the posterior, take '
+            f"LoraConfig(init_lora_weights=True)",
             stacklevel=2,
         )
 

@@ -8,6 +8,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.models.training_checks import MOVES_BASE
 from lrvd_pyro.rank_space.find import active_adapters, plain_net
 from lrvd_pyro.storage.peft_files import adapter_state, live_config, plain_name
 
@@ -16,9 +17,6 @@ __all__ = [
     "refuse_other_adapters",
     "refuse_what_no_adapter_holds",
 ]
-
-# Initializations that subtract the first B A from the base weights.
-_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def refuse_other_adapters(model: RankModel) -> None:
@@ -35,7 +33,7 @@ def refuse_what_no_adapter_holds(model: RankModel) -> None:
     """Raise a ValueError if base and adapter do not make the network."""
     net, adapter = model.base_net, model.space.adapter
     start = live_config(model).init_lora_weights
-    if isinstance(start, str) and start.lower().startswith(_MOVES_BASE):
+    if isinstance(start, str) and start.lower().startswith(MOVES_BASE):
         raise ValueError(
             f"init_lora_weights={start!r} changed the base weights, and an adapter "
             f'does not bring them along; use export_peft(..., mode="merged")'

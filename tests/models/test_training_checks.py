@@ -190,3 +190,13 @@ def test_a_rate_without_a_module_counts_as_dropout(name: str) -> None:
     net = nn.Sequential(nn.Linear(2, 2), Functional(name), nn.Dropout(0.0))
     assert active_dropout(net) == {"1": 0.3}
     assert active_dropout(net.eval()) == {}
+
+
+@pytest.mark.parametrize("start", ["olora", "pissa"])
+def test_an_adapter_taken_out_of_the_base_is_told_of_before_it_trains(
+    start: str,
+) -> None:
+    model = GateLoRA(bert(init_lora_weights=start, r=2), num_data=6)
+    with pytest.warns(UserWarning, match=f"init_lora_weights='{start}' changed the ba"):
+        model(**tokens())
+    model(**tokens())  # once: another warning would be an error
