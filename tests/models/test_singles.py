@@ -72,7 +72,9 @@ def test_laplaces_curvature_is_that_of_examples_alone(make: Make) -> None:
         expected = expected + J.T @ (probs[:, None] * J)
     with pytest.warns(UserWarning, match=ONE_AT_A_TIME):
         found = gate_fisher(model, gate, [batch])
-    close(found, expected * NUM_DATA / EXAMPLES)
+    # DeBERTa computes in float32 in parts, whatever the precision of its weights: its
+    # gradients of a difference differ from the differences of gradients by 4e-7.
+    close(found, expected * NUM_DATA / EXAMPLES, rtol=1e-5, atol=1e-6)
 
 
 @mixing

@@ -196,6 +196,7 @@ def test_a_rate_without_a_module_counts_as_dropout(name: str) -> None:
 def test_an_adapter_taken_out_of_the_base_is_told_of_before_it_trains(
     start: str,
 ) -> None:
+    torch.set_default_dtype(torch.float32)
     model = GateLoRA(bert(init_lora_weights=start, r=2), num_data=6)
     with pytest.warns(UserWarning, match=f"init_lora_weights='{start}' changed the ba"):
         model(**tokens())
