@@ -39,6 +39,9 @@ class Posterior(NamedTuple):
     history: lrvd.RankHistory
 
 
+ARVIZ_BATCHES = 4  # of 64 texts each, of train and of test
+
+
 def write(
     folder: Path,
     posterior: Posterior,
@@ -68,13 +71,10 @@ def write(
     yield line(
         "adapter", "the posterior mean for plain PEFT, the posterior for lrvd.load"
     )
-    data = lrvd.to_arviz(
-        model,
-        guide,
-        tqdm(task.train.in_order(labels=True), desc=f"{draws} draws for ArviZ"),
-        draws,
-        test_batches=task.test.in_order(labels=True),
-    )
+    train, test = (part.in_order(labels=True) for part in (task.train, task.test))
+    # Each draw is a pass over these texts: a part of them, or it would take long.
+    shown = tqdm(train[:ARVIZ_BATCHES], desc=f"{draws} draws for ArviZ")
+    data = lrvd.to_arviz(model, guide, shown, draws, test_batches=test[:ARVIZ_BATCHES])
     data.to_netcdf(str(folder / "posterior.nc"))
     yield line("posterior.nc", "draws of the gates, log likelihood of train and test")
     yield f"\n{judge_loo(data)}"

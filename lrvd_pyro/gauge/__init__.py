@@ -37,6 +37,10 @@ gates are centered. The orders by t and by the exact gate Fisher information are
 of small changes. To keep very few ranks, the Fisher information over random subsets of
 them (``gates="subsets"``) is better.
 
+How much noise. The KL of a gate counts 1, where its rank has d_in + d_out weights. The
+noise that it allows is therefore too small, however the gauge lies. `noise_by_evidence`
+sets it by MacKay's evidence about A and B.
+
 What does not follow. The scale of A against B stays free, whatever the directions.
 Nothing is proved for the weight noise of `FactorLoRA`, whose KL depends on the
 coordinates of the inputs. Nothing is proved far from the quadratic regime. Components
