@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from lrvd_pyro.guides.weight_noise import WeightNoise
-from lrvd_pyro.models import FactorLoRA
 
 __all__ = ["TiedDiagonal"]
 
@@ -44,19 +43,7 @@ class TiedDiagonal(WeightNoise):
         ValueError: If ``init_log_alpha`` is not finite.
     """
 
-    def __init__(
-        self,
-        model: FactorLoRA,
-        *,
-        init_log_alpha: float = -4.0,
-        linearized_scale: float = 1.0,
-    ) -> None:
-        super().__init__(
-            model,
-            apart=False,
-            init_log_alpha=init_log_alpha,
-            linearized_scale=linearized_scale,
-        )
+    apart = False
 
     @property
     def log_alpha(self) -> Tensor:

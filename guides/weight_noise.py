@@ -1,5 +1,7 @@
 """What guides over weights share: Gaussian noise, its variances shared within rows."""
 
+from typing import ClassVar
+
 import torch
 from pyro import distributions as dist
 from torch import Tensor, nn
@@ -18,7 +20,6 @@ class WeightNoise(RankGuide):
 
     Args:
         model: A `FactorLoRA`.
-        apart: Whether rows of A and columns of B have variances of their own.
         init_log_alpha: Where log alpha starts.
         linearized_scale: See `RankGuide`.
 
@@ -31,6 +32,7 @@ class WeightNoise(RankGuide):
         ValueError: If a number is not finite, or the scale not positive.
     """
 
+    apart: ClassVar[bool]  # whether rows of A and columns of B have their own variances
     bounds = (-20.0, 2.0)
     owner: Tensor
 
@@ -38,9 +40,8 @@ class WeightNoise(RankGuide):
         self,
         model: FactorLoRA,
         *,
-        apart: bool,
-        init_log_alpha: float,
-        linearized_scale: float,
+        init_log_alpha: float = -4.0,
+        linearized_scale: float = 1.0,
     ) -> None:
         if not isinstance(model, FactorLoRA):
             raise TypeError(
@@ -51,9 +52,11 @@ class WeightNoise(RankGuide):
         check_number("init_log_alpha", init_log_alpha, "a finite number: -4.0")
         super().__init__(model, linearized_scale=linearized_scale)
         self.init_log_alpha = init_log_alpha
-        self.blocks = len(self.space.sides) if apart else 1
+        self.blocks = len(self.space.sides) if self.apart else 1
         # The variance of each weight. It follows from the ranks, so is not saved.
-        offsets = [n * self.space.size * apart for n in range(len(self.space.sides))]
+        offsets = [
+            n * self.space.size * self.apart for n in range(len(self.space.sides))
+        ]
         owner = torch.cat([o + n for o, n in zip(self._components(), offsets)])
         self.register_buffer("owner", owner, persistent=False)
         signal = _log_mean_squares(owner, self.mean(), self.blocks * self.space.size)

@@ -5,6 +5,7 @@ import warnings
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
 
 from lrvd_pyro._compat.pyro import mcmc_is_running
 from lrvd_pyro._compat.transformers import is_from_checkpoint
@@ -34,6 +35,7 @@ class TrainingChecks:
             _warn_of_a_frozen_adapter(space)
             _warn_of_random_parts(space)
             _warn_of_a_moved_base(space)
+            _warn_of_a_trained_base(space)
         # The mode of the network may change after the first step.
         net = plain_net(space.net)
         if net.training and not self._saw_training_mode:
@@ -60,12 +62,7 @@ def _warn_of_a_frozen_adapter(space: RankSpace) -> None:
 
 def _warn_of_random_parts(space: RankSpace) -> None:
     """Parts that no checkpoint held, as a new head, and that PEFT has frozen."""
-    net = plain_net(space.net)
-    own = dict(net.named_parameters())
-    for name, module in net.named_modules():
-        # An adapter has parameters of its own, and keeps the head that it replaces.
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            own = {n: p for n, p in own.items() if not n.startswith(f"{name}.")}
+    own = _outside_adapters(space)
     known = {name for name, parameter in own.items() if is_from_checkpoint(parameter)}
     # Without a checkpoint all parts are random, and the user knows.
     random = [n for n in own if n not in known and not own[n].requires_grad]
@@ -76,6 +73,36 @@ def _warn_of_random_parts(space: RankSpace) -> None:
             f"are random and frozen, and training leaves them so; "
             f'LoraConfig(task_type="SEQ_CLS"), or "TOKEN_CLS", trains '
             f"a new head, and LoraConfig(modules_to_save=[{part!r}]) any part",
+            stacklevel=2,
+        )
+
+
+def _outside_adapters(space: RankSpace) -> dict[str, nn.Parameter]:
+    """The parameters that are neither an adapter's nor in a layer that has one."""
+    net = plain_net(space.net)
+    own = dict(net.named_parameters())
+    for name, module in net.named_modules():
+        # An adapter has parameters of its own, and keeps the head that it replaces.
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            own = {n: p for n, p in own.items() if not n.startswith(f"{name}.")}
+    return own
+
+
+def _warn_of_a_trained_base(space: RankSpace) -> None:
+    """Parts of the base that train, and that no file of an adapter holds."""
+    biases = space.net.peft_config[space.adapter].bias != "none"  # which PEFT saves
+    trained = [
+        name
+        for name, parameter in _outside_adapters(space).items()
+        if parameter.requires_grad and not (biases and "bias" in name)
+    ]
+    if trained:
+        part = trained[0].rpartition(".")[0]
+        warnings.warn(
+            f"{', '.join(trained[:4])} ({len(trained)} parameters) of the base train, "
+            f"and no adapter file holds them: save and export_peft will refuse the "
+            f"network; name their modules, LoraConfig(modules_to_save=[{part!r}]), or "
+            f"freeze them: requires_grad_(False)",
             stacklevel=2,
         )
 

@@ -201,3 +201,21 @@ def test_an_adapter_taken_out_of_the_base_is_told_of_before_it_trains(
     with pytest.warns(UserWarning, match=f"init_lora_weights='{start}' changed the ba"):
         model(**tokens())
     model(**tokens())  # once: another warning would be an error
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_parts_of_the_base_that_train_are_told_of_unless_files_hold_them(
+    bias: Any,
+) -> None:
+    net = bert(bias=bias)
+    for name, parameter in net.named_parameters():
+        if "LayerNorm.weight" in name and bias == "none":
+            parameter.requires_grad_(True)
+    model = GateLoRA(net, num_data=6)
+    if bias == "all":
+        model(**tokens())  # a warning would be an error
+        return
+    with pytest.warns(
+        UserWarning, match=r"LayerNorm.weight.* \(5 parameters\) of the b"
+    ):
+        model(**tokens())
