@@ -184,6 +184,7 @@ def test_a_guide_without_its_event_dimension_is_refused() -> None:
         lrvd.RankELBO().loss(flat_model, guide, x=FEATURES[:R], labels=LABELS[:R])
 
 
+@pytest.mark.filterwarnings("ignore:unused.weight.* of the base train:UserWarning")
 def test_a_parameter_that_the_loss_does_not_reach_is_named() -> None:
     net = bert()
     net.base_model.model.unused = nn.Linear(2, 2)
