@@ -54,10 +54,9 @@ class WeightNoise(RankGuide):
         self.init_log_alpha = init_log_alpha
         self.blocks = len(self.space.sides) if self.apart else 1
         # The variance of each weight. It follows from the ranks, so is not saved.
-        offsets = [
-            n * self.space.size * self.apart for n in range(len(self.space.sides))
-        ]
-        owner = torch.cat([o + n for o, n in zip(self._components(), offsets)])
+        step = self.space.size * self.apart
+        sides = enumerate(self._components())
+        owner = torch.cat([each + number * step for number, each in sides])
         self.register_buffer("owner", owner, persistent=False)
         signal = _log_mean_squares(owner, self.mean(), self.blocks * self.space.size)
         self.log_variance = nn.Parameter(init_log_alpha + signal)

@@ -13,6 +13,7 @@ __all__ = [
     "Batch",
     "batch_size",
     "check_alike",
+    "check_rereadable",
     "check_several",
     "gate_rows",
     "opened",
@@ -27,6 +28,21 @@ def check_several(batches: object, call: str) -> None:
     # A dict is iterable too: its keys would be taken for batches.
     if isinstance(batches, Mapping):
         raise TypeError(f"batches is one batch; expected several: {call}")
+
+
+def check_rereadable(batches: object, call: str) -> None:
+    """Raise a TypeError unless ``batches`` are several and can be read again.
+
+    Args:
+        batches: The batches.
+        call: The call that reads them twice, up to their place in it.
+    """
+    check_several(batches, f"{call}[batch], ...)")
+    if isinstance(batches, Iterator):
+        raise TypeError(
+            f"batches can be read only once, and there are two passes; pass a "
+            f"DataLoader or a list: {call}list(batches), ...)"
+        )
 
 
 def check_alike(name: str, first: Tensor, later: Tensor) -> None:

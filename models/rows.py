@@ -75,9 +75,9 @@ class RowCheck:
         return known.reason
 
 
-def _modes(net: nn.Module) -> frozenset[str]:
-    """Which modules are in training mode: a part may be thawed later."""
-    return frozenset(name for name, module in net.named_modules() if module.training)
+def _modes(net: nn.Module) -> bytes:
+    """The mode of each module, in order: a part may be thawed later."""
+    return bytes(module.training for module in net.modules())
 
 
 def _kinds(inputs: Mapping[str, Any]) -> frozenset[tuple[str, object]]:

@@ -1,6 +1,7 @@
 """What is warned of at the first training step."""
 
 import warnings
+from collections.abc import Mapping
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -13,10 +14,15 @@ from lrvd_pyro.inference.dropout import active_dropout
 from lrvd_pyro.rank_space.find import plain_net
 from lrvd_pyro.rank_space.space import RankSpace
 
-__all__ = ["MOVES_BASE", "TrainingChecks"]
+__all__ = ["TrainingChecks", "moves_base"]
 
 # Values of init_lora_weights that subtract the first B A from the base weights.
-MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def moves_base(start: object) -> bool:
+    """Whether this value of ``init_lora_weights`` changes the weights of the base."""
+    return isinstance(start, str) and start.lower().startswith(_MOVES_BASE)
 
 
 class TrainingChecks:
@@ -33,9 +39,10 @@ class TrainingChecks:
         if not self._began:
             self._began = True
             _warn_of_a_frozen_adapter(space)
-            _warn_of_random_parts(space)
+            outside = _outside_adapters(space)
+            _warn_of_random_parts(outside)
+            _warn_of_a_trained_base(space, outside)
             _warn_of_a_moved_base(space)
-            _warn_of_a_trained_base(space)
         # The mode of the network may change after the first step.
         net = plain_net(space.net)
         if net.training and not self._saw_training_mode:
@@ -60,9 +67,8 @@ def _warn_of_a_frozen_adapter(space: RankSpace) -> None:
         )
 
 
-def _warn_of_random_parts(space: RankSpace) -> None:
+def _warn_of_random_parts(own: Mapping[str, nn.Parameter]) -> None:
     """Parts that no checkpoint held, as a new head, and that PEFT has frozen."""
-    own = _outside_adapters(space)
     known = {name for name, parameter in own.items() if is_from_checkpoint(parameter)}
     # Without a checkpoint all parts are random, and the user knows.
     random = [n for n in own if n not in known and not own[n].requires_grad]
@@ -88,12 +94,12 @@ def _outside_adapters(space: RankSpace) -> dict[str, nn.Parameter]:
     return own
 
 
-def _warn_of_a_trained_base(space: RankSpace) -> None:
+def _warn_of_a_trained_base(space: RankSpace, own: Mapping[str, nn.Parameter]) -> None:
     """Parts of the base that train, and that no file of an adapter holds."""
     biases = space.net.peft_config[space.adapter].bias != "none"  # which PEFT saves
     trained = [
         name
-        for name, parameter in _outside_adapters(space).items()
+        for name, parameter in own.items()
         if parameter.requires_grad and not (biases and "bias" in name)
     ]
     if trained:
@@ -110,7 +116,7 @@ def _warn_of_a_trained_base(space: RankSpace) -> None:
 def _warn_of_a_moved_base(space: RankSpace) -> None:
     """Ways to start an adapter that take it out of the base, whose weights move."""
     start = space.net.peft_config[space.adapter].init_lora_weights
-    if str(start).lower().startswith(MOVES_BASE):
+    if moves_base(start):
         warnings.warn(
             f"init_lora_weights={start!r} changed the base, so that adapter files for "
             f"the base as it was do not hold the network: save will refuse it, and "

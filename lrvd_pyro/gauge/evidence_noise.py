@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lrvd_pyro.batches import Batch
+from lrvd_pyro.batches import Batch, check_rereadable
 from lrvd_pyro.gauge.sample_scale import sample_scale
 from lrvd_pyro.gauge.weight_curvature import Evidence, evidence
 from lrvd_pyro.guides import RankDiagonal, RankGuide, RowDiagonal
@@ -41,7 +41,7 @@ def noise_by_evidence(
 
     - "scaled" keeps what training found and multiplies every variance by ``m = gamma /
       sum_i alpha_i F_i``, F the exact Fisher information of each gate;
-    - "fisher" makes the noise anew, ``alpha_i = gamma / (R F_i)``: the optimum under
+    - "fisher" makes another noise, ``alpha_i = gamma / (R F_i)``: the optimum under
       ``LogUniform(multiplicity=gamma / R)``, to first order in alpha;
     - "tied" is a Laplace approximation over A and B, with one variance per row a_i,
       ``1 / (mean of h over a_i + delta)``, and one per column of B.
@@ -77,8 +77,8 @@ def noise_by_evidence(
         same network and a `RowDiagonal`.
 
     Raises:
-        TypeError: If the likelihood lacks ``fisher_roots``, ``batches`` is one batch,
-            or the guide is of another kind.
+        TypeError: If the likelihood lacks ``fisher_roots``, ``batches`` is one batch or
+            can be read only once, or the guide is of another kind.
         ValueError: If there is no batch, the network takes no draw per example, or the
             evidence has no maximum; for "tied", if gates have means other than 1. The
             pair is then as it was.
@@ -89,10 +89,11 @@ def noise_by_evidence(
     the network's loss is not near a minimum, or where the posterior mean itself
     overfits.
 
-    Source: MacKay (1992); the scales, derived here (see examples/results/README.md).
+    Source: MacKay (1992); the scales, derived here.
     """
     if noise not in get_args(_Noise):
         raise ValueError(f'noise={noise!r}; expected "scaled", "fisher" or "tied"')
+    check_rereadable(batches, "noise_by_evidence(model, guide, ")
     check_pair(model, guide)
     _check_guide(guide, noise)
     found = evidence(

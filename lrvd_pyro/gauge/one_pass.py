@@ -1,13 +1,13 @@
 """A Bayesian model from any trained LoRA, by two passes over its data."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lrvd_pyro.batches import Batch, batch_size, check_several
+from lrvd_pyro.batches import Batch, batch_size, check_rereadable
 from lrvd_pyro.gauge.balancing import rebalance
 from lrvd_pyro.gauge.centering import center
 from lrvd_pyro.gauge.closed_form_noise import optimal_alpha
@@ -77,12 +77,7 @@ def bayesianize(
 
     Source: derived here.
     """
-    check_several(batches, "bayesianize(net, [batch], ...)")
-    if isinstance(batches, Iterator):
-        raise TypeError(
-            "batches can be read only once, and there are two passes; pass a "
-            "DataLoader or a list: bayesianize(net, list(batches), ...)"
-        )
+    check_rereadable(batches, "bayesianize(net, ")
     if num_data is None:
         with seeded_by(generator):
             # No batch at all is refused below, by `gramians`.

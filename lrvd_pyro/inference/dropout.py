@@ -17,7 +17,7 @@ _MODULES = (
 def active_dropout(net: nn.Module) -> dict[str, float]:
     """The rates of all dropout in training mode, by the names of modules.
 
-    Besides torch's modules there are layers that call a function, with a rate in an
+    There are torch's modules, and layers that call a function, with a rate in an
     attribute such as ``attention_dropout``, ``drop_prob`` or ``layerdrop``.
     """
     rates = {name: _rate(m) for name, m in net.named_modules() if m.training}

@@ -35,12 +35,14 @@ _WAY_OUT = 'predict(..., method="sample") needs none'
 
 @dataclass(frozen=True)
 class GateGaussian:
-    """Mean and covariance of the gate under a posterior, ``diag(d) + F^T F``.
+    """Mean and covariance under a posterior, ``diag(d) + F^T F``.
+
+    They are those of the gates, R of them, or of K drawn weights.
 
     Attributes:
-        mean: The mean, ``R``.
-        diagonal: d, ``R``.
-        factors: F, ``M x R``.
+        mean: The mean, ``R`` or ``K``.
+        diagonal: d, ``R`` or ``K``.
+        factors: F, ``M x R`` or ``M x K``.
     """
 
     mean: Tensor
@@ -77,12 +79,13 @@ class GateGaussian:
 
 @torch.no_grad()
 def gate_gaussian(model: RankModel, guide: Guide, batch: Batch) -> GateGaussian:
-    """Mean and covariance of the gate under a guide.
+    """Mean and covariance of gates or weights under a guide.
 
-    The closed form serves `RankDiagonal` where the gate is its only site. It also
-    serves Pyro's Gaussian AutoGuides where the gate is the only site and real. All
-    other guides are drawn from 4,096 times. That costs no forward pass of the network
-    and leaves an error of about 2% in a variance.
+    The closed form serves `RankDiagonal` where the gate is its only site, and the
+    guides over weights. It also serves Pyro's Gaussian AutoGuides where gate or weights
+    are the only site and real. All other guides of gates are drawn from 4,096 times.
+    That costs no forward pass of the network and leaves an error of about 2% in a
+    variance. A guide's ``linearized_scale`` multiplies the covariance.
 
     Args:
         model: The model.
@@ -108,8 +111,8 @@ class Linearized:
     """Points of the network's linearized predictive, as draws, ``S x B x ...``.
 
     Let c(z) be the contrasts of the likelihood: logit differences, or a mean. J is
-    their Jacobian at the posterior mean m of the gate, and V the gate's covariance. The
-    contrasts then follow ``Normal(c(m), J V J^T)``.
+    their Jacobian at the posterior mean m of gates or weights, and V the covariance of
+    these. The contrasts then follow ``Normal(c(m), J V J^T)``.
 
     The S = 1,024 points (2 K for K > 512 contrasts) are not random. They are a
     scrambled Sobol sequence through the Gaussian quantiles, with mean and covariance
@@ -117,12 +120,12 @@ class Linearized:
 
     Where a layer mixes the rows of examples, they run one at a time (`separable`).
 
-    The result is exact where the network is linear in the gates. Wrong when the
+    The result is exact where the network is linear in what is drawn. Wrong when the
     posterior is wide enough to see the network's curvature.
 
     Args:
         model: The model; `check_linearizable` says whether it can be linearized.
-        gaussian: Mean and covariance of its gate.
+        gaussian: Mean and covariance of its gates or weights.
 
     Raises:
         ValueError: From the call, if the examples of a batch see each other.
@@ -175,7 +178,7 @@ class Linearized:
 
 
 def check_linearizable(model: RankModel) -> None:
-    """Raise unless the network takes one gate per example.
+    """Raise unless the model can be linearized in what it draws.
 
     Raises:
         TypeError: If the model draws neither gates nor weights, a layer is a DoRA

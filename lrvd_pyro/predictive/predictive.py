@@ -233,7 +233,7 @@ def _gaussian(
     batch: Batch,
     posterior_samples: Mapping[str, Tensor] | None,
 ) -> GateGaussian:
-    """The gate's mean and covariance, from the caller's draws or from the guide."""
+    """Mean and covariance of what is drawn: of the caller's draws, or the guide's."""
     draws = posterior_draws(model, guide, batch, 1, posterior_samples)
     if posterior_samples is not None:
         return GateGaussian.of_draws(bound_values(model, draws))

@@ -67,7 +67,7 @@ class _Probe:
     Attributes:
         shift: A zero that is added to the output: gradients are taken in it.
         sizes: The largest gradient in each example's rows, ``B``, of a backward pass.
-        misfit: A number of rows that is no multiple of the examples; None without one.
+        misfit: A number of rows that the examples do not divide; None without one.
         moved: Whether some prediction had a gradient in the layer.
     """
 

@@ -8,7 +8,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from lrvd_pyro.models.base import RankModel
-from lrvd_pyro.models.training_checks import MOVES_BASE
+from lrvd_pyro.models.training_checks import moves_base
 from lrvd_pyro.rank_space.find import active_adapters, plain_net
 from lrvd_pyro.storage.peft_files import adapter_state, live_config, plain_name
 
@@ -33,7 +33,7 @@ def refuse_what_no_adapter_holds(model: RankModel) -> None:
     """Raise a ValueError if base and adapter do not make the network."""
     net, adapter = model.base_net, model.space.adapter
     start = live_config(model).init_lora_weights
-    if isinstance(start, str) and start.lower().startswith(MOVES_BASE):
+    if moves_base(start):
         raise ValueError(
             f"init_lora_weights={start!r} changed the base weights, and an adapter "
             f'does not bring them along; use export_peft(..., mode="merged")'

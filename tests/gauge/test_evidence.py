@@ -293,6 +293,8 @@ def test_what_has_no_evidence_is_refused_and_the_pair_stays() -> None:
         noise_by_evidence(model, guide, [])
     with pytest.raises(TypeError, match="one batch; expected several"):
         noise_by_evidence(model, guide, batch)
+    with pytest.raises(TypeError, match=r"only once, .*guide, list\(batches\), ...\)"):
+        noise_by_evidence(model, guide, iter([batch]))  # it is read twice
     with pytest.raises(ValueError, match='expected "scaled", "fisher" or "tied"'):
         noise_by_evidence(model, guide, [batch], noise="own")  # type: ignore[arg-type]
     with torch.no_grad():
