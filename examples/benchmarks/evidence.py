@@ -1,9 +1,9 @@
 """Noise by evidence beside early stopping, temperature scaling and Laplace.
 
-`evidence_task.Task` has the data and the schedule: MiniLM-L6, LoRA of rank 8 on query
-and value. 500 texts that are not trained on choose epochs and temperatures; the
-official dev or test set (2,000 texts of it at most) is scored, and chooses nothing.
-Rows of one seed share texts, initial weights and the order of batches.
+`small_task` has the data and the schedule: MiniLM-L6, LoRA of rank 8 on query and
+value. 500 texts that are not trained on choose epochs and temperatures; the official
+dev or test set (2,000 texts of it at most) is scored, and chooses nothing. Rows of one
+seed share texts, initial weights and the order of batches.
 
     PYTHONPATH=examples python examples/benchmarks/evidence.py \\
         --data data/sst2 --trained runs/evidence
@@ -22,31 +22,33 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 import transformers
-from evidence_task import Task, Tensors, logits, restored, trained
+from peft import PeftModel
+from small_task import TRAIN, R, Task, logits
 from torch import Tensor
+from trained_nets import Pair, factor_lora, gate_lora, lora
 
 import lrvd_pyro as lrvd
 from lrvd_pyro.diagnostics import calibration_report, fit_temperature
 from lrvd_pyro.gauge import noise_by_evidence
-from lrvd_pyro.guides import RankDiagonal, TiedDiagonal
+from lrvd_pyro.guides import RankDiagonal
 from lrvd_pyro.likelihoods import Categorical, CategoricalPrediction
-from lrvd_pyro.models import FactorLoRA, GateLoRA
+from lrvd_pyro.models import GateLoRA
 
 SAMPLES = 8
 RESULTS = Path(__file__).parent / "results" / "evidence.jsonl"
 COLUMNS = ["accuracy", "nll", "brier", "ece", "failure_auroc", "seconds"]
-Pair = tuple[Any, Any]
+Noise = Literal["scaled", "fisher", "tied"]
+ON_LORA: tuple[Noise, ...] = ("tied", "fisher")
+ON_GATES: tuple[Noise, ...] = ("scaled", "tied")
 Rows = Iterator[tuple[str, CategoricalPrediction, float]]
 
 
-def plain(task: Task, method: str, name: str, folder: Path) -> Rows:
+def plain(task: Task, net: PeftModel, name: str) -> Rows:
     """A network at a point, as it is and with a temperature."""
-    net = restored(task, trained(task, method, folder))
-    _, dev, test = task.parts
     began = time.perf_counter()
-    on_test = logits(net, test)
+    on_test = logits(net, task.test)
     yield name, collected(on_test), time.perf_counter() - began
-    temperature = fit_temperature(logits(net, dev), dev.labels)
+    temperature = fit_temperature(logits(net, task.dev), task.dev.labels)
     scaled = collected(on_test / temperature)
     yield f"{name} + temperature", scaled, time.perf_counter() - began
 
@@ -57,63 +59,37 @@ def collected(on_test: Tensor) -> CategoricalPrediction:
     return likelihood.collect(likelihood.summarize(on_test[None]))
 
 
-def pair_of(task: Task, state: Tensors, *, of_weights: bool = False) -> Pair:
-    """A model and its guide with the tensors of a training."""
-    net, count = restored(task, state), len(task.parts[0])
-    if of_weights:
-        model: Any = FactorLoRA(net, num_data=count, sides=("lora_A", "lora_B"))
-        guide: Any = TiedDiagonal(model)
-    else:
-        model = GateLoRA(net, num_data=count)
-        guide = RankDiagonal(model)
-    if (noise := state.get("guide.log_variance")) is not None:
-        guide.load_state_dict({"log_variance": noise})
-    return model, guide
+def gated(task: Task, folder: Path) -> Pair:
+    """Plain LoRA with gates that have not been trained."""
+    model = GateLoRA(lora(task, folder), num_data=len(task.train))
+    return model, RankDiagonal(model)
 
 
-def predicted(
-    task: Task, pair: Pair, method: Literal["sample", "linearized"]
-) -> CategoricalPrediction:
-    """The prediction for the test set."""
-    batches = task.parts[2].in_order()
-    prediction: CategoricalPrediction = lrvd.predict(
-        *pair, batches, SAMPLES, method=method
-    )
-    return prediction
-
-
-def evident(
-    task: Task,
-    method: str,
-    name: str,
-    noise: Literal["scaled", "fisher", "tied"],
-    folder: Path,
-) -> Rows:
+def evident(task: Task, pair: Pair, name: str, noise: Noise) -> Rows:
     """A trained pair with its noise by evidence, linearized and by draws."""
     began = time.perf_counter()
-    state = trained(task, method, folder)
-    model, guide = pair_of(task, state, of_weights=method == "factor")
-    pair = noise_by_evidence(model, guide, task.parts[0].in_order(32), noise=noise)
-    for way in ("linearized", "sample"):
-        prediction = predicted(task, pair, way)
-        of = f"{SAMPLES} samples" if way == "sample" else way
-        yield f"{name}, {noise}, {of}", prediction, time.perf_counter() - began
+    pair = noise_by_evidence(*pair, task.train.in_order(32), noise=noise)
+    ways: dict[str, Literal["linearized", "sample"]]
+    ways = {"linearized": "linearized", f"{SAMPLES} samples": "sample"}
+    for way, method in ways.items():
+        batches = task.test.in_order()
+        prediction = lrvd.predict(*pair, batches, SAMPLES, method=method)
+        yield f"{name}, {noise}, {way}", prediction, time.perf_counter() - began
 
 
 def rows(task: Task, folder: Path, *, weights: bool) -> Rows:
     """All rows of one seed."""
-    yield from plain(task, "lora", "LoRA, last epoch", folder)
-    yield from plain(task, "stopped", "LoRA, early stopped", folder)
-    for noise in ("tied", "fisher"):
-        yield from evident(task, "lora", "LoRA", noise, folder)
+    yield from plain(task, lora(task, folder), "LoRA, last epoch")
+    yield from plain(task, lora(task, folder, stopped=True), "LoRA, early stopped")
+    for noise in ON_LORA:
+        yield from evident(task, gated(task, folder), "LoRA", noise)
     began = time.perf_counter()
-    pair = pair_of(task, trained(task, "gate", folder))
-    sampled = predicted(task, pair, "sample")
-    yield f"GateLoRA, {SAMPLES} samples", sampled, time.perf_counter() - began
-    for noise in ("scaled", "tied"):
-        yield from evident(task, "gate", "GateLoRA", noise, folder)  # type: ignore[arg-type]
+    drawn = lrvd.predict(*gate_lora(task, folder), task.test.in_order(), SAMPLES)
+    yield f"GateLoRA, {SAMPLES} samples", drawn, time.perf_counter() - began
+    for noise in ON_GATES:
+        yield from evident(task, gate_lora(task, folder), "GateLoRA", noise)
     if weights:
-        yield from evident(task, "factor", "FactorLoRA", "scaled", folder)
+        yield from evident(task, factor_lora(task, folder), "FactorLoRA", "scaled")
 
 
 def table(lines: list[dict[str, Any]]) -> str:
@@ -139,8 +115,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="a folder of texts")
     parser.add_argument("--trained", type=Path, required=True, help="where nets lie")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--count", type=int, default=1500, help="texts to train on")
-    parser.add_argument("--r", type=int, default=8, help="the rank of the adapter")
+    parser.add_argument("--count", type=int, default=TRAIN, help="texts to train on")
+    parser.add_argument("--r", type=int, default=R, help="the rank of the adapter")
     parser.add_argument("--weights", action="store_true", help="FactorLoRA too")
     parser.add_argument("--out", type=Path, default=RESULTS, help="a JSON lines file")
     options = parser.parse_args(argv)
@@ -149,8 +125,8 @@ def main(argv: list[str] | None = None) -> None:
     options.trained.mkdir(parents=True, exist_ok=True)
     setting = {"data": options.data.name, "count": options.count, "r": options.r}
     for seed in options.seeds:
-        task = Task(options.data, seed, options.count, options.r)
-        labels = task.parts[2].labels
+        task = Task(options.data, seed, count=options.count, r=options.r)
+        labels = task.test.labels
         for row, prediction, seconds in rows(
             task, options.trained, weights=options.weights
         ):

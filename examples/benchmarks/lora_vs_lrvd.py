@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import lrvd_pyro as lrvd
 from lrvd_pyro import linear_warmup
+from lrvd_pyro.diagnostics import fit_temperature
 from lrvd_pyro.diagnostics.calibration import scores
 from lrvd_pyro.guides import RankDiagonal, RankGuide, TiedDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
@@ -68,13 +69,6 @@ def lora(task: Task) -> Rows:
         train_lora(task, net, member=member)
         members.append(logits(net, task.test).softmax(-1))
     yield "LoRA, ensemble of 3", torch.stack(members).mean(0), {}
-
-
-def fit_temperature(dev_logits: Tensor, labels: Tensor) -> float:
-    """The temperature of least NLL on dev."""
-    grid = torch.logspace(-1, 1.5, 251)
-    losses = [nn.functional.cross_entropy(dev_logits / t, labels) for t in grid]
-    return float(grid[int(torch.stack(losses).argmin())])
 
 
 def mc_dropout(task: Task) -> Rows:
