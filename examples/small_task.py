@@ -47,10 +47,15 @@ class Task:
         rows = torch.randperm(len(pool), generator=order)[: train + DEV].tolist()
         self.folder, self.seed, self.r = folder, seed, r
         self.train = Encoded(pool.take(rows[:train]))
-        self.dev = Encoded(pool.take(rows[train:]))
-        self.test = Encoded(_scored(folder).by_length())
+        self.dev = Encoded(pool.take(rows[train:]).by_length())
+        self.test = Encoded(scored(folder).by_length())
         self.num_epochs = num_epochs or EPOCHS
         self.steps = self.num_epochs * -(-train // BATCH)
+
+    def path(self, folder: Path, name: str) -> Path:
+        """Where something of this task is kept in a folder."""
+        setting = f"{self.folder.name}-{len(self.train)}-{self.r}-{self.seed}"
+        return folder / f"{setting}-{name}"
 
     def base(self, *, member: int = 0) -> Any:
         """The base and a fresh head, which differs between members of an ensemble."""
@@ -88,7 +93,7 @@ class Task:
         return max(0.0, 1 - step / self.steps)
 
 
-def _scored(folder: Path) -> Text:
+def scored(folder: Path) -> Text:
     """The official dev or test set, or 2,000 texts of it, the same for every seed."""
     files = [folder / name for name in ("dev.tsv", "test.tsv")]
     test = read(str(next(file for file in files if file.exists())))

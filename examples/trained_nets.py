@@ -1,16 +1,20 @@
 """The trained networks of a `small_task`, made once and kept in a folder."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from pyro.infer import SVI
-from small_task import LR, Task, logits, train_lora
+from small_task import BATCH, LR, Task, logits, train_lora
 from torch.nn import functional as F
 
 import lrvd_pyro as lrvd
+from lrvd_pyro.gauge import evidence
 from lrvd_pyro.guides import RankDiagonal, TiedDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
+from lrvd_pyro.priors import LogUniform
 
 FACTOR_RATE, FACTOR_KL = 0.2, 0.1  # of log variances; the KL weight after its rise
 Pair = tuple[Any, Any]
@@ -18,7 +22,7 @@ Pair = tuple[Any, Any]
 
 def lora(task: Task, folder: Path, *, stopped: bool = False) -> PeftModel:
     """Plain LoRA after the last epoch, or after that of least NLL on dev."""
-    last, best = (_path(task, folder, name) for name in ("lora", "stopped"))
+    last, best = (task.path(folder, name) for name in ("lora", "stopped"))
     if not last.exists():  # it is written last
         net, least = task.net(), [float("inf")]
 
@@ -34,18 +38,30 @@ def lora(task: Task, folder: Path, *, stopped: bool = False) -> PeftModel:
     return PeftModel.from_pretrained(task.base(), path).eval()
 
 
-def gate_lora(task: Task, folder: Path) -> Pair:
-    """GateLoRA at the true ELBO."""
-    path = _path(task, folder, "gate")
+def gate_lora(task: Task, folder: Path, *, estimated: bool = False) -> Pair:
+    """GateLoRA at the true ELBO, or at the multiplicity of the evidence.
+
+    The multiplicity is then gamma / R, estimated again after each epoch but the last.
+    """
+    path = task.path(folder, "gate-estimated" if estimated else "gate")
     if not path.exists():
-        model = GateLoRA(task.net(), num_data=len(task.train))
-        _train(task, model, RankDiagonal(model), lrvd.RankELBO(), 0.05, path)
+        prior = LogUniform()
+        model = GateLoRA(task.net(), prior=prior, num_data=len(task.train))
+        guide = RankDiagonal(model)
+        batches = list(task.train.batches(BATCH, torch.Generator().manual_seed(0)))
+
+        def estimate() -> None:
+            gamma = evidence(model, guide, batches).gamma
+            prior.multiplicity = gamma / model.space.size
+
+        between = estimate if estimated else None
+        _train(task, model, guide, lrvd.RankELBO(), 0.05, path, between)
     return lrvd.load(path, task.base())
 
 
 def factor_lora(task: Task, folder: Path) -> Pair:
     """FactorLoRA on both sides, under a KL weight that rises over half of training."""
-    path = _path(task, folder, "factor")
+    path = task.path(folder, "factor")
     if not path.exists():
         sides: Any = ("lora_A", "lora_B")
         model = FactorLoRA(task.net(), num_data=len(task.train), sides=sides)
@@ -56,18 +72,21 @@ def factor_lora(task: Task, folder: Path) -> Pair:
 
 
 def _train(
-    task: Task, model: Any, guide: Any, loss: lrvd.RankELBO, rate: float, path: Path
+    task: Task,
+    model: Any,
+    guide: Any,
+    loss: lrvd.RankELBO,
+    rate: float,
+    path: Path,
+    between: Callable[[], None] | None = None,
 ) -> None:
     optim = lrvd.optim.AdamW(lr=LR, variational_lr=rate, schedule=task.decay)
     svi = SVI(model, guide, optim, loss=loss)
-    for batches in task.epochs(model.base_net):
+    for epoch, batches in enumerate(task.epochs(model.base_net)):
+        if epoch and between:
+            between()
         for batch in batches:
             svi.step(**batch)
     lrvd.save(path, model, guide)
     model.release()
     guide.release()
-
-
-def _path(task: Task, folder: Path, method: str) -> Path:
-    setting = f"{task.folder.name}-{len(task.train)}-{task.r}-{task.seed}"
-    return folder / f"{setting}-{method}"
