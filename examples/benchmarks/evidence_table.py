@@ -1,0 +1,97 @@
+"""Tables of `evidence.py`: means over seeds, and paired intervals over texts.
+
+    PYTHONPATH=examples python examples/benchmarks/evidence_table.py \\
+        --data data/sst2 --trained runs/evidence
+
+prints a table of the data set's lines in results/evidence.jsonl. Below it are the
+differences of NLL of the default, GateLoRA scaled and linearized, to each other row.
+The NLL of a text is averaged over seeds, and texts are resampled 10,000 times. The
+intervals hold 95% of these; they know of the test set's chance, not of training's.
+"""
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from benchmarks.evidence import RESULTS, SCORES, recorded
+from safetensors.torch import load_file
+from small_task import TRAIN, R, scored
+from torch import Tensor
+
+from lrvd_pyro.diagnostics.scores import per_datum
+
+DEFAULT = "GateLoRA, scaled, linearized"
+RESAMPLES = 10_000
+COLUMNS = [*SCORES, "extra", "seconds"]
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Mean and standard deviation over seeds, one row per method."""
+    groups = pd.DataFrame(lines).groupby("row", sort=False)[COLUMNS]
+    mean, sd, count = groups.mean(), groups.std(), groups.size()
+    text = ["| | seeds | " + " | ".join(COLUMNS) + " |"]
+    text.append("|---" * (len(COLUMNS) + 2) + "|")
+    for row in mean.index:
+        values = [f"{mean.loc[row, c]:.3f} ± {sd.loc[row, c]:.3f}" for c in SCORES]
+        values += [f"{mean.loc[row, c]:.0f}" for c in COLUMNS[len(SCORES) :]]
+        text.append(f"| {row} | {count[row]} | " + " | ".join(values) + " |")
+    return "\n".join(text)
+
+
+def nlls(files: Iterable[Path], labels: Tensor) -> dict[str, Tensor]:
+    """The NLL of each text under each row, averaged over seeds."""
+    found: dict[str, list[Tensor]] = {}
+    for file in files:
+        for row, probs in load_file(file).items():
+            found.setdefault(row, []).append(per_datum(probs, labels)["nll"])
+    return {row: torch.stack(each).mean(0) for row, each in found.items()}
+
+
+def interval(differences: Tensor) -> tuple[float, float, float]:
+    """A mean over texts, and the ends of its bootstrap interval."""
+    generator = torch.Generator().manual_seed(0)
+    size = len(differences)
+    means = [
+        differences[torch.randint(size, (size,), generator=generator)].mean()
+        for _ in range(RESAMPLES)
+    ]
+    low, high = torch.stack(means).quantile(torch.tensor([0.025, 0.975]).to(means[0]))
+    return float(differences.mean()), float(low), float(high)
+
+
+def differences(files: Iterable[Path], labels: Tensor) -> str:
+    """The NLL of the default less that of each other row."""
+    rows = nlls(files, labels)
+    text = [
+        f"| NLL of {DEFAULT}, less that of | mean | 95% interval |",
+        "|---|---|---|",
+    ]
+    for row in rows:
+        if row != DEFAULT:
+            mean, low, high = interval(rows[DEFAULT] - rows[row])
+            text.append(f"| {row} | {mean:+.3f} | [{low:+.3f}, {high:+.3f}] |")
+    return "\n".join(text)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the table and the differences of one data set."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="a folder of texts")
+    parser.add_argument("--trained", type=Path, required=True, help="where nets lie")
+    parser.add_argument("--count", type=int, default=TRAIN, help="texts trained on")
+    parser.add_argument("--r", type=int, default=R, help="the rank of the adapter")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="a JSON lines file")
+    options = parser.parse_args(argv)
+    setting = {"data": options.data.name, "count": options.count, "r": options.r}
+    lines = [each for each in recorded(options.out) if setting.items() <= each.items()]
+    print(table(lines), end="\n\n")
+    labels = torch.tensor(scored(options.data).by_length().labels)
+    name = f"{options.data.name}-{options.count}-{options.r}-*.safetensors"
+    print(differences(sorted(options.trained.glob(name)), labels))
+
+
+if __name__ == "__main__":
+    main()
