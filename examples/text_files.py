@@ -71,19 +71,20 @@ def read_file(path: Path) -> Table:
         except csv.Error as error:
             raise ValueError(f"{path}, line {lines.line_num}: {error}") from error
     names = header[1]
-    if "label" not in names:
+    if "label" not in names or len({*names}) < len(names):
         raise ValueError(
             f"{path} has the columns {names}; expected text or text_a and text_b, and "
-            f"label"
+            f"label, each once"
         )
     for number, row in rows:
-        if len(row) != len(names) or not row[names.index("label")]:
+        if len(row) != len(names) or not row[names.index("label")].strip():
             raise ValueError(
                 f"{path}, line {number}: {row}; expected an entry for each of the "
                 f"columns {names}, and a label"
             )
     columns = {name: [row[i] for _, row in rows] for i, name in enumerate(names)}
-    return Table(columns, columns.pop("label"))
+    labels = [label.strip() for label in columns.pop("label")]
+    return Table(columns, labels)
 
 
 def read_hub(name: str) -> Table:

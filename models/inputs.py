@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lrvd_pyro._compat.torch import tree_leaves
+from lrvd_pyro._compat.torch import tree_leaves, tree_map
+from lrvd_pyro.batches import Batch, batch_size
 
-__all__ = ["Uncopyable", "copied"]
+__all__ = ["Uncopyable", "by_row", "copied", "with_rows"]
 
 
 class Uncopyable(TypeError):
@@ -69,3 +70,17 @@ def _copy(name: str, value: object, memo: dict[int, Any]) -> object:
             f"({error}); a forward pass may change it, so each takes a copy: pass "
             f"tensors, lists or dicts, or give its class a __deepcopy__"
         ) from error
+
+
+def with_rows(batch: Batch, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """The batch with ``change`` made to every tensor that has a row per example."""
+    size = batch_size(batch)
+    changed: dict[str, Any] = tree_map(
+        lambda leaf: change(leaf) if by_row(leaf, size) else leaf, dict(batch)
+    )
+    return changed
+
+
+def by_row(leaf: object, size: int) -> bool:
+    """Whether an entry of a batch is a tensor with a row for each example."""
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == size

@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lrvd_pyro._compat.torch import tree_map
+from lrvd_pyro._compat.torch import tree_leaves, tree_map
+from lrvd_pyro.models.inputs import by_row, with_rows
 from lrvd_pyro.rank_space.row_check import mixed_rows
 from lrvd_pyro.rank_space.space import RankSpace
 
@@ -29,10 +30,13 @@ class RowCheck:
 
     The first batch of two or more examples decides, in each setting: the LoRA modules
     that there are, the mode of each module, and the inputs' names, dimensions and
-    options. Wrong where the values of tensors decide the layout: a network that sorts
-    or packs its batch by length needs ``RankELBO(noise="batch")``. A batch costs one
-    more forward pass, and backward passes as `mixed_rows` says. Where it does not run
-    all modules (layerdrop, rare experts), up to 31 more batches are looked at.
+    options. A batch costs one more forward pass, and backward passes as `mixed_rows`
+    says. Where it does not run all modules (layerdrop, rare experts), up to 31 more
+    batches are looked at.
+
+    The last example is moved to the front, so that a network that sorts its batch by
+    length shows it even if the batch is sorted. Wrong where some tensor has no row per
+    example: the order then stays, since the others may depend on it.
     """
 
     def __init__(self) -> None:
@@ -67,8 +71,9 @@ class RowCheck:
         known = self._verdicts.setdefault(setting, _Verdict(set(space.modules)))
         if known.unseen and not known.reason and known.passes < _PASSES:
             with space.binding.holding({}):  # refuses what no draw can enter
+                usable = tree_map(_usable, _rolled(inputs, examples))
                 known.reason, seen = mixed_rows(
-                    space, lambda: predictions(**tree_map(_usable, inputs)), examples
+                    space, lambda: predictions(**usable), examples
                 )
             known.unseen -= seen
             known.passes += 1
@@ -90,6 +95,14 @@ def _kind(value: object) -> object:
         return value.dim()
     plain = value is None or isinstance(value, bool | int | float | str)
     return value if plain else type(value)
+
+
+def _rolled(inputs: Mapping[str, Any], examples: int) -> dict[str, Any]:
+    """The examples in another order, where every tensor has a row for each of them."""
+    tensors = [leaf for leaf in tree_leaves(dict(inputs)) if isinstance(leaf, Tensor)]
+    if not all(by_row(tensor, examples) for tensor in tensors):
+        return dict(inputs)
+    return with_rows(inputs, lambda rows: rows.roll(1, 0))
 
 
 def _usable(leaf: object) -> object:

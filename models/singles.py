@@ -2,18 +2,16 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import Tensor
 
-from lrvd_pyro._compat.torch import tree_map
 from lrvd_pyro.autocast import autocast_dtype
 from lrvd_pyro.batches import Batch, batch_size, without_labels
 from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.models.inputs import with_rows
 
-__all__ = ["by_row", "resolution", "separable", "with_rows"]
+__all__ = ["resolution", "separable"]
 
 # By model: the reasons for which its examples were seen to run alone. The keys are
 # weak, so that this does not keep a network in memory.
@@ -74,20 +72,6 @@ def _require_alone(model: RankModel, batch: Batch, last: Batch, reason: str) -> 
         f"one example; give each example a network pass of its own (batches of one), "
         f'or use what takes one draw for all: predict(..., method="sample")'
     )
-
-
-def with_rows(batch: Batch, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """The batch with ``change`` made to every tensor that has a row per example."""
-    size = batch_size(batch)
-    changed: dict[str, Any] = tree_map(
-        lambda leaf: change(leaf) if by_row(leaf, size) else leaf, dict(batch)
-    )
-    return changed
-
-
-def by_row(leaf: object, size: int) -> bool:
-    """Whether an entry of a batch is a tensor with a row for each example."""
-    return isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == size
 
 
 def resolution(model: RankModel) -> float:

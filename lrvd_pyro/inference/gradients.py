@@ -14,6 +14,7 @@ from torch.nn.utils import get_total_norm
 
 from lrvd_pyro._compat.torch import add_each, multiply_each
 from lrvd_pyro.autocast import autocast_dtype
+from lrvd_pyro.rank_space.space import RankSpace
 
 __all__ = [
     "Gradients",
@@ -53,7 +54,7 @@ def data_scale(trace: Trace) -> float:
 
 
 def uses_float16(program: object) -> bool:
-    """Whether a program computes in float16, as seen at its first loss.
+    """Whether a program computes in float16, as seen in its last forward pass.
 
     Other precisions have the range of float32, so that their gradients stay as they are
     for whoever listens to them in the backward pass.
@@ -62,6 +63,10 @@ def uses_float16(program: object) -> bool:
         return True
     if not isinstance(program, nn.Module):
         return False
+    # Accelerate enters autocast within the network's forward pass.
+    space = getattr(program, "space", None)
+    if isinstance(space, RankSpace) and space.binding.in_float16:
+        return True
     if program not in _float16:
         found = any(p.dtype is torch.float16 for p in program.parameters())
         _float16[program] = found

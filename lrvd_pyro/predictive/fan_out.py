@@ -17,8 +17,8 @@ from torch import Tensor
 from lrvd_pyro._compat.torch import is_compiled, tree_leaves
 from lrvd_pyro.batches import batch_size
 from lrvd_pyro.models.base import RankModel
-from lrvd_pyro.models.inputs import Uncopyable
-from lrvd_pyro.models.singles import by_row, resolution, with_rows
+from lrvd_pyro.models.inputs import Uncopyable, by_row, with_rows
+from lrvd_pyro.models.singles import resolution
 from lrvd_pyro.predictive.prefix import Prefix
 from lrvd_pyro.rank_space.find import plain_net
 

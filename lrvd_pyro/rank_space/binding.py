@@ -10,6 +10,7 @@ from torch import nn
 from lrvd_pyro._compat.transformers import checkpointing_blocks
 from lrvd_pyro.rank_space.bank import Bank, Parts
 from lrvd_pyro.rank_space.checkpointing import carried_by_checkpointing
+from lrvd_pyro.rank_space.find import plain_net
 from lrvd_pyro.rank_space.hooks import GateHook, WeightHook, obstacle, own_hooks
 from lrvd_pyro.rank_space.rows import Side
 
@@ -39,6 +40,7 @@ class Binding:
         self.bank = Bank()
         self.passes = 0  # forward passes judged while some module had not run
         self._fired = False
+        self._skipped: set[str] = set()  # modules of parts that the first pass left out
         self._blocks = checkpointing_blocks(net)
         self._gates = [GateHook(self.bank, i) for i in range(len(layers))]
         self._hooked: list[nn.Module] = []
@@ -81,6 +83,11 @@ class Binding:
         with self.bank.owning(), _in_eval_mode(self.net):
             yield
 
+    @property
+    def in_float16(self) -> bool:
+        """Whether the last pass ran a LoRA module in float16."""
+        return any(gate.float16 for gate in self._gates)
+
     def unreached(self) -> list[str]:
         """The LoRA modules that no forward pass has run so far."""
         return [n for n, gate in zip(self.layers, self._gates) if not gate.fired]
@@ -89,30 +96,28 @@ class Binding:
         """Judge the forward passes so far; the model calls this after each.
 
         Training may drop layers. In any mode, a router may send nothing to a module
-        beside others of its kind. Such modules are given several passes.
+        beside others of its kind, and a batch may have nothing for a whole part, as
+        text for a vision tower. Such modules are given several passes.
 
         Args:
-            again: Repeats the last pass. If the first one in training mode left a
-                module out, its repetition in eval mode shows whether it was dropped.
+            again: Repeats the last pass. If the first one left a module out, its
+                repetition in eval mode shows whether it was dropped, and whether the
+                part around the module ran.
 
         Raises:
             RuntimeError: If some LoRA module has not run, and should have by now.
         """
         if self._fired:
             return
-        if again and self.passes == 0 and self.unreached() and self.net.training:
-            device = next(self.net.parameters()).device
-            # A run that is killed and resumed judges once more, from the same state.
-            state = torch.random.fork_rng([device] if device.type == "cuda" else [])
-            with _in_eval_mode(self.net), torch.no_grad(), state:
-                again()
-                self.check_fired()
-            return
+        training = any(module.training for module in self.net.modules())
+        if again and self.passes == 0 and self.unreached():
+            self._look_again(again)
+            training = False
         self.passes += 1
         silent = self.unreached()
         seen = {_kind(name) for name in self.layers if name not in silent}
-        alone = [name for name in silent if _kind(name) not in seen]
-        training = any(module.training for module in self.net.modules())
+        waited_for = {n for n in silent if _kind(n) in seen} | self._skipped
+        alone = set(silent) - waited_for
         if silent and self.passes >= _PASSES or alone and not training:
             raise RuntimeError(
                 f"in {self.passes} forward passes the network never reached the LoRA "
@@ -125,6 +130,25 @@ class Binding:
                 f"exclude_modules)"
             )
         self._fired = not silent
+
+    def _look_again(self, again: Callable[[], object]) -> None:
+        """Repeat a pass in eval mode; note the modules of parts that do not run."""
+        around = {name: _around(self.net, self.layers[name]) for name in self.layers}
+        ran = {plain_net(self.net)}  # PEFT calls its forward, past all hooks
+        hooks = [
+            module.register_forward_pre_hook(lambda module, _: ran.add(module))
+            for module in {*around.values()} - ran
+        ]
+        device = next(self.net.parameters()).device
+        # A run that is killed and resumed judges once more, from the same state.
+        state = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        try:
+            with _in_eval_mode(self.net), torch.no_grad(), state:
+                again()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._skipped = {n for n in self.unreached() if around[n] not in ran}
 
     def require_live(self) -> None:
         """Raise a RuntimeError unless a draw can enter the forward pass."""
@@ -171,6 +195,15 @@ class Binding:
 def _kind(name: str) -> str:
     """A module's name without its numbers, which layers and experts differ in."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _around(net: nn.Module, layer: object) -> nn.Module:
+    """The module that calls a layer."""
+    parents = {child: m for m in net.modules() for child in m.children()}
+    parent = parents[layer]  # type: ignore[index]
+    while isinstance(parent, nn.ModuleList | nn.ModuleDict):  # which nobody calls
+        parent = parents[parent]
+    return parent
 
 
 @contextmanager

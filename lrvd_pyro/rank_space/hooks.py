@@ -31,12 +31,13 @@ class GateHook:
 
     def __init__(self, bank: Bank, index: int) -> None:
         self.bank, self.index, self.fired = bank, index, False
+        self.float16 = False  # whether the last pass came here in float16
 
     def __call__(
         self, module: nn.Module, args: tuple[Tensor, ...]
     ) -> tuple[Tensor, ...] | None:
         gate = self.bank.read("gate", self.index)
-        self.fired = True
+        self.fired, self.float16 = True, args[0].dtype is torch.float16
         if gate is None:
             return None
         h = args[0]

@@ -35,10 +35,9 @@ class WeightTaps:
     def open(self) -> Iterator[None]:
         """Keep what passes through the layers within the block, and forget the rest."""
         self._calls = []
-        modules = [layer for _, layer in self._layers()]
         hooks = [
-            module.register_forward_hook(self._tap(number))
-            for number, module in enumerate(modules)
+            layer.register_forward_hook(self._tap(number))
+            for number, layer in enumerate(self._layers())
         ]
         try:
             yield
@@ -59,10 +58,8 @@ class WeightTaps:
         Returns:
             The gradients about ``others``; and, one after another, those about the
             weights, ``B x r x width``: the modules of the first side, then those of
-            the second. Rows are laid out as `RankSpace.flatten` has them.
-
-        Raises:
-            RuntimeError: If a layer left no trace, as under activation checkpointing.
+            the second. Rows are laid out as `RankSpace.flatten` has them. They are 0
+            for a layer that did not run, or whose output moves nothing.
         """
         outputs = [y for _, _, y in self._calls]
         found = torch.autograd.grad(
@@ -77,25 +74,23 @@ class WeightTaps:
         self, behind: Sequence[Tensor | None], examples: int
     ) -> Iterator[Tensor]:
         rows = [each for side in self.sides for each in self.space.rows(side)]
-        for number, (name, layer) in enumerate(self._layers()):
+        for number, layer in enumerate(self._layers()):
             calls = zip(self._calls, behind)
             mine = [(x, g) for (n, x, _), g in calls if n == number and g is not None]
-            if not mine:
-                raise RuntimeError(
-                    f"no gradient reaches {name!r}; switch activation checkpointing "
-                    f"off for this pass: net.gradient_checkpointing_disable()"
-                )
-            parts = [_per_example(layer, x, g, examples) for x, g in mine]
-            total = torch.stack(parts).sum(0)
+            # An expert may get no token of this batch.
+            weight: Tensor = layer.weight  # type: ignore[assignment]
+            total = weight.new_zeros(examples, *weight.shape)
+            for x, g in mine:
+                total = total + _per_example(layer, x, g, examples)
             flat = torch.vmap(rows[number].flatten)(total)
             yield flat.unflatten(1, (rows[number].rank, -1))
 
-    def _layers(self) -> list[tuple[str, nn.Module]]:
+    def _layers(self) -> list[nn.Module]:
         adapter = self.space.adapter
         return [
-            (f"{name}.{side}", getattr(layer, side)[adapter])
+            getattr(layer, side)[adapter]
             for side in self.sides
-            for name, layer in zip(self.space.modules, self.space.layers)
+            for layer in self.space.layers
         ]
 
     def _tap(self, number: int) -> _Hook:

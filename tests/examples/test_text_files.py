@@ -157,6 +157,8 @@ def write(folder: Path, name: str, content: str) -> str:
         ("text\tlabel\na\t1\nb\n", r"line 3: \['b'\]; expected an entry for each"),
         ("text\tlabel\na\tb\t1\n", r"line 2: .*; expected an entry for each of the"),
         ("text\tlabel\na\t\n", r"line 2: \['a', ''\]; .* and a label"),
+        ("text\tlabel\na\t \n", r"line 2: \['a', ' '\]; .* and a label"),
+        ("text\ttext\tlabel\na\tb\t1\n", r"\['text', 'text', 'label'\]; .*each once"),
         ("a\tb\tlabel\nx\ty\t1\n", r"the columns \['a', 'b'\] besides label; exp"),
         ("text\tlabel\na\t0.5\nb\t1.5\n", r"the labels \['0.5', '1.5'\], ...; expec"),
     ],
@@ -204,7 +206,10 @@ def test_a_tsv_file_takes_quote_characters_as_text_and_a_csv_file_does_not(
 def test_labels_are_numbers_or_names_and_no_class_is_made_up(
     text_files: Any, tmp_path: Path, labels: str, indices: list[int], classes: Any
 ) -> None:
-    rows = "".join(f"{i}\t{label}\n" for i, label in enumerate(labels.split()))
+    # Spaces around a label are no part of it.
+    rows = "".join(
+        f"{i}\t{label:>{5 + i % 2}}\n" for i, label in enumerate(labels.split())
+    )
     data = text_files.read(write(tmp_path, "a.tsv", "text\tlabel\n" + rows))
     assert data.labels == indices and data.classes == classes
 

@@ -78,6 +78,31 @@ def test_the_curvature_is_that_of_each_examples_jacobian(net: str, family: Any) 
         torch.testing.assert_close(found.gate_fisher, exact)
 
 
+class Experts(nn.Module):
+    """Only batches with a positive sum go to the second expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(5, 3) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.experts[0](x)
+        return y + self.experts[1](x) if x.sum() > 0 else y
+
+
+def test_a_layer_that_a_batch_leaves_out_gets_no_curvature_from_it() -> None:
+    net = nets.lora(Experts(), target_modules=["0", "1"])
+    net.eval()
+    model = GateLoRA(net, num_data=8)
+    guide, x = RankDiagonal(model), torch.rand(4, 5)
+    both, first = (evidence(model, guide, [{"x": each}]) for each in (x, -x))
+    found = evidence(model, guide, [{"x": x}, {"x": -x}])
+    torch.testing.assert_close(found.curvature, (both.curvature + first.curvature) / 2)
+    names = model.space.coordinates["module"]
+    assert names[-1] == "experts.1" and first.gate_fisher[-1] == 0
+    assert both.gate_fisher[-1] > 0 and first.gate_fisher[0] > 0
+
+
 def test_one_sum_by_random_signs_has_no_bias_and_one_without_signs_has() -> None:
     model = GateLoRA(nets.perceptron(), num_data=60)
     guide, batch = RankDiagonal(model), rows(8)

@@ -1,6 +1,7 @@
 """Networks, heads and adapters of 16 bits train as those of 32 do."""
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pyro
@@ -52,6 +53,48 @@ def test_half_precision_learns_at_a_million_examples(
     assert head.dtype is dtype and not torch.equal(head, before)
     # Adam's steps are of the size of the learning rate, whatever the scale.
     assert 0.2 < (head - before).abs().max() < 0.5
+
+
+class WithinForward(nn.Module):
+    """Enters autocast within its forward pass, as Accelerate has networks do."""
+
+    def __init__(self, dtype: torch.dtype, enabled: bool) -> None:
+        super().__init__()
+        self.bert = BertForSequenceClassification(bert_config(1))
+        self.dtype, self.enabled = dtype, enabled
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        within = torch.autocast("cpu", self.dtype) if self.enabled else nullcontext()
+        with within:
+            logits = self.bert(**inputs).logits
+        return logits.float()
+
+
+@SIXTEEN
+@pytest.mark.parametrize("outside", [True, False])
+def test_under_autocast_it_learns_at_a_million_examples_wherever_autocast_is(
+    dtype: torch.dtype, outside: bool
+) -> None:
+    torch.set_default_dtype(torch.float32)
+    net: Any = WithinForward(dtype, enabled=not outside).eval()
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["query", "value"],
+        modules_to_save=["classifier"],
+    )
+    model = GateLoRA(get_peft_model(net, config), num_data=MILLION)
+    svi = SVI(
+        model, RankDiagonal(model), lrvd.optim.AdamW(lr=1e-2), loss=lrvd.RankELBO()
+    )
+    batch = tokens(8)
+    losses = []
+    for _ in range(40):
+        # The cache of autocast is for one step.
+        with torch.autocast("cpu", dtype) if outside else nullcontext():
+            losses.append(svi.step(**batch) / MILLION)
+    assert sum(losses[-5:]) / 5 < losses[0] - 0.1
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_gradients_at_half_precision_are_those_of_full_precision() -> None:

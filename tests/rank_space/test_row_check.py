@@ -231,6 +231,45 @@ class Either(nn.Module):
         return self.layer(x).mean(1)
 
 
+class Sorted(nn.Module):
+    """Sorts the examples by length, and leaves them sorted for the LoRA layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        order = lengths.argsort(descending=True)
+        return self.layer(x[order])[order.argsort()]
+
+
+@pytest.mark.parametrize("size", [2, 3, 6])
+def test_a_network_that_sorts_its_batch_shows_it_on_a_sorted_batch(size: int) -> None:
+    net = nets.lora(Sorted(), target_modules=["layer"])
+    model = lrvd.models.GateLoRA(net, num_data=6)
+    batch = {"x": torch.randn(size, 5), "lengths": torch.arange(size, 0, -1)}
+    assert "LoRA layer 'layer'" in model.mixed_rows(batch)
+
+
+def test_examples_keep_their_order_where_a_tensor_has_no_row_for_each() -> None:
+    """A second tensor of patches, say, would no longer belong to them."""
+
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+
+        def forward(self, counts: Tensor, patches: Tensor) -> Tensor:
+            assert counts.tolist() == [1, 2, 3]
+            sums = [part.sum(0) for part in patches.split(counts.tolist())]
+            return self.layer(torch.stack(sums))
+
+    net = nets.lora(Patches(), target_modules=["layer"])
+    model = lrvd.models.GateLoRA(net, num_data=3)
+    batch = {"counts": torch.tensor([1, 2, 3]), "patches": torch.randn(6, 5)}
+    assert model.mixed_rows(batch) == ""
+
+
 @pytest.mark.parametrize(
     "later", [{"time_first": True}, {"x": torch.randn(4, 2, 2, 5)}]
 )

@@ -76,6 +76,30 @@ class Dropped(nn.Module):
         return x
 
 
+class Towers(nn.Module):
+    """A tower for words, and one for pictures that only some batches have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.ModuleDict({"embed": nn.Linear(5, 3)})
+        self.pictures = nets.Perceptron()
+
+    def forward(self, x: Tensor, pixels: Tensor | None = None) -> Tensor:
+        y = self.words["embed"](x)
+        return y if pixels is None else y + self.pictures(pixels)
+
+
+class FusedPart(nn.Module):
+    """A part that runs, whose layers fused kernels compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.part = nn.Linear(5, 5), Fused()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(self.embed(x))
+
+
 def model_of(net: nn.Module, *targets: str) -> GateLoRA:
     return GateLoRA(nets.lora(net, target_modules=list(targets)), num_data=40)
 
@@ -173,6 +197,37 @@ def test_an_expert_that_never_gets_a_token_is_named_after_32_passes() -> None:
         RuntimeError, match=r"in 32 forward .*\['experts.0'.*router.*leave rarely used"
     ):
         model.predictions(x=torch.rand(6, 5))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_tower_that_the_first_batches_skip_is_waited_for(training: bool) -> None:
+    model = model_of(Towers(), "embed", "hidden", "out")
+    model.base_net.train(training)
+    words, pixels = torch.randn(4, 5), torch.randn(4, 5)
+    state = torch.get_rng_state()
+    for _ in range(5):
+        model.predictions(x=words)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.space.binding.unreached() == ["pictures.hidden", "pictures.out"]
+    model.predictions(x=words, pixels=pixels)
+    assert not model.space.binding.unreached()
+    assert hooks(model.base_net) == 3  # those that looked at the towers are gone
+
+
+def test_a_tower_that_no_batch_reaches_is_named_after_32_passes() -> None:
+    model = model_of(Towers(), "embed", "hidden", "out")
+    for _ in range(31):
+        model.predictions(x=torch.randn(4, 5))
+    with pytest.raises(RuntimeError, match=r"in 32 forward .*\['pictures.hidden'"):
+        model.predictions(x=torch.randn(4, 5))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_fused_kernels_in_a_part_that_runs_are_named_at_once(training: bool) -> None:
+    model = model_of(FusedPart(), "embed", "hidden", "out")
+    model.base_net.train(training)
+    with pytest.raises(RuntimeError, match=r"in 1 forward .*\['part.hidden'"):
+        model.predictions(x=torch.randn(4, 5))
 
 
 @pytest.mark.parametrize("training", [True, False])
