@@ -32,14 +32,15 @@ class Result(NamedTuple):
 
 
 class Posterior(NamedTuple):
-    """A trained pair, and log alpha over its training."""
+    """A trained pair, log alpha over its training, and a guide of more noise."""
 
     model: GateLoRA
     guide: RankDiagonal
     history: lrvd.RankHistory
+    noisy: RankDiagonal
 
 
-ARVIZ_BATCHES = 4  # of 64 texts each, of train and of test
+ARVIZ_TEXTS = 64  # of train and of test
 
 
 def write(
@@ -54,7 +55,7 @@ def write(
     What is cheap and needs few libraries comes first. A run that ends early has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model, guide, history = posterior
+    model, guide, history, noisy = posterior
 
     def line(name: str, what: str) -> str:
         return f"{folder / name!s:<32} {what}"
@@ -64,19 +65,21 @@ def write(
     yield line("report.json", "scores on test and their 95% bootstrap intervals")
     draw_ranks(history).savefig(folder / "ranks.png")
     yield line("ranks.png", "effective rank of each LoRA module over training")
-    plain, *_, sampled = results
-    draw_reliability([plain, sampled], task.test).savefig(folder / "reliability.png")
+    plain, *_, last = results
+    draw_reliability([plain, last], task.test).savefig(folder / "reliability.png")
     yield line("reliability.png", "accuracy against confidence on test")
-    lrvd.save(folder / "adapter", model, guide)
+    lrvd.save(folder / "adapter", model, noisy)
     yield line(
-        "adapter", "the posterior mean for plain PEFT, the posterior for lrvd.load"
+        "adapter", "the mean for plain PEFT; with noise by evidence for lrvd.load"
     )
-    train, test = (part.in_order(labels=True) for part in (task.train, task.test))
     # Each draw is a pass over these texts: a part of them, or it would take long.
-    shown = tqdm(train[:ARVIZ_BATCHES], desc=f"{draws} draws for ArviZ")
-    data = lrvd.to_arviz(model, guide, shown, draws, test_batches=test[:ARVIZ_BATCHES])
+    train, test = (
+        part.in_order(ARVIZ_TEXTS, labels=True)[:1] for part in (task.train, task.test)
+    )
+    shown = tqdm(train, desc=f"{draws} draws for ArviZ")
+    data = lrvd.to_arviz(model, guide, shown, draws, test_batches=test)
     data.to_netcdf(str(folder / "posterior.nc"))
-    yield line("posterior.nc", "draws of the gates, log likelihood of train and test")
+    yield line("posterior.nc", "draws of the gates as trained, log likelihoods")
     yield f"\n{judge_loo(data)}"
 
 

@@ -74,6 +74,7 @@ def write_data(file: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot share passes:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*the examples run one at a time:UserWarning")
 def test_the_readmes_command_trains_predicts_and_saves_a_deberta(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
