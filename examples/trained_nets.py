@@ -41,7 +41,7 @@ def lora(task: Task, folder: Path, *, stopped: bool = False) -> PeftModel:
 def gate_lora(task: Task, folder: Path, *, estimated: bool = False) -> Pair:
     """GateLoRA at the true ELBO, or at the multiplicity of the evidence.
 
-    The multiplicity is then gamma / R, estimated again after each epoch but the last.
+    The multiplicity is then gamma_loo / R, estimated after each epoch but the last.
     """
     path = task.path(folder, "gate-estimated" if estimated else "gate")
     if not path.exists():
@@ -51,8 +51,8 @@ def gate_lora(task: Task, folder: Path, *, estimated: bool = False) -> Pair:
         batches = list(task.train.batches(BATCH, torch.Generator().manual_seed(0)))
 
         def estimate() -> None:
-            gamma = evidence(model, guide, batches).gamma
-            prior.multiplicity = gamma / model.space.size
+            found = evidence(model, guide, batches)
+            prior.multiplicity = found.gamma_loo / model.space.size
 
         between = estimate if estimated else None
         _train(task, model, guide, lrvd.RankELBO(), 0.05, path, between)

@@ -160,7 +160,8 @@ class ElementDiagonal(WeightNoise):
 
     def __init__(self, model: FactorLoRA, found: Evidence) -> None:
         super().__init__(model)
-        self.log_variance = nn.Parameter(-(found.curvature + found.precision).log())
+        precision = mackay(found.curvature, self.mean())
+        self.log_variance = nn.Parameter(-(found.curvature + precision).log())
 
     def distributions(self) -> dict[str, dist.TorchDistribution]:
         """The posterior of each weight."""
@@ -171,6 +172,16 @@ class ElementDiagonal(WeightNoise):
     def log_alpha(self) -> Tensor:
         """There is none: elements of a rank differ."""
         raise NotImplementedError("a diagonal Laplace approximation has no log alpha")
+
+
+def mackay(curvature: Tensor, weights: Tensor) -> float:
+    """The precision of the prior by MacKay's fixed point, which peers take."""
+    h, size = curvature.double(), float(weights.double().square().sum())
+    precision = 1.0
+    for _ in range(500):  # it contracts slowly
+        gamma = float((h / (h + precision)).sum())
+        precision = (precision * gamma / size) ** 0.5
+    return precision
 
 
 def at_points(bench: Bench) -> Iterator[Row]:
@@ -218,8 +229,8 @@ def estimated(bench: Bench) -> Iterator[Row]:
     """GateLoRA trained at the multiplicity that the evidence finds after each epoch."""
     pair = bench.start(gate_lora(bench.task, bench.folder, estimated=True))
     for method in METHODS:
-        yield from bench.posterior("GateLoRA, gamma / R in training", pair, method)
-    name = "GateLoRA, gamma / R in training"
+        yield from bench.posterior("GateLoRA, multiplicity by evidence", pair, method)
+    name = "GateLoRA, multiplicity by evidence"
     yield from bench.evident(name, pair, "scaled")
 
 

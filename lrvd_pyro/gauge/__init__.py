@@ -39,7 +39,7 @@ them (``gates="subsets"``) is better.
 
 How much noise. The KL of a gate counts 1, where its rank has d_in + d_out weights. The
 noise that it allows is therefore too small, however the gauge lies. `noise_by_evidence`
-sets it by MacKay's evidence about A and B.
+sets it by the evidence about A and B.
 
 What does not follow. The scale of A against B stays free, whatever the directions.
 Nothing is proved for the weight noise of `FactorLoRA`, whose KL depends on the
@@ -55,10 +55,11 @@ from lrvd_pyro.gauge.balancing import Change, balance, hankel_values
 from lrvd_pyro.gauge.centering import center
 from lrvd_pyro.gauge.closed_form_noise import optimal_alpha
 from lrvd_pyro.gauge.evidence_noise import noise_by_evidence
+from lrvd_pyro.gauge.marginal_likelihood import Evidence
 from lrvd_pyro.gauge.one_pass import bayesianize
 from lrvd_pyro.gauge.schedule import BalanceSchedule
 from lrvd_pyro.gauge.second_moments import Gramians, gramians
-from lrvd_pyro.gauge.weight_curvature import Evidence, evidence
+from lrvd_pyro.gauge.weight_curvature import evidence
 
 __all__ = [
     "BalanceSchedule",

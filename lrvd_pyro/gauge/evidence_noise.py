@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lrvd_pyro.batches import Batch, check_rereadable
+from lrvd_pyro.gauge.marginal_likelihood import Evidence
 from lrvd_pyro.gauge.sample_scale import sample_scale
-from lrvd_pyro.gauge.weight_curvature import Evidence, evidence
+from lrvd_pyro.gauge.weight_curvature import evidence
 from lrvd_pyro.guides import RankDiagonal, RankGuide, RowDiagonal
 from lrvd_pyro.guides.families import RealNoise
 from lrvd_pyro.guides.weight_noise import WeightNoise
@@ -36,15 +37,16 @@ def noise_by_evidence(
     """Give a trained pair the noise that the evidence about A and B allows.
 
     A gate's KL counts 1 where its rank has d_in + d_out weights, so that the noise that
-    training finds is too small. MacKay's gamma counts the parameters that the data
-    determine (see `Evidence`). The noise is set so that its quadratic cost is gamma:
+    training finds is too small. The posterior over all weights that the evidence gives
+    has a noise on examples that were not trained on, whose cost is gamma_loo (see
+    `Evidence`). The noise here is set so that its own quadratic cost is gamma_loo:
 
-    - "scaled" keeps what training found and multiplies every variance by ``m = gamma /
-      sum_i alpha_i F_i``, F the exact Fisher information of each gate;
-    - "fisher" makes another noise, ``alpha_i = gamma / (R F_i)``: the optimum under
-      ``LogUniform(multiplicity=gamma / R)``, to first order in alpha;
-    - "tied" is a Laplace approximation over A and B, with one variance per row a_i,
-      ``1 / (mean of h over a_i + delta)``, and one per column of B.
+    - "scaled" keeps what training found and multiplies every variance by ``m =
+      gamma_loo / sum_i alpha_i F_i``, F the exact Fisher information of each gate;
+    - "fisher" makes another noise, ``alpha_i = gamma_loo / (R F_i)``: the optimum under
+      ``LogUniform(multiplicity=gamma_loo / R)``, to first order in alpha;
+    - "tied" is noise on A and B, with one variance per row a_i, proportional to ``1 /
+      (mean of h over a_i + delta)``, and one per column of B; h is the diagonal of H.
 
     This is noise for ``predict(method="linearized")``. Draws break at it, where the
     network is not linear. The guide's own noise, which draws take, is therefore smaller
@@ -83,19 +85,22 @@ def noise_by_evidence(
             evidence has no maximum; for "tied", if gates have means other than 1. The
             pair is then as it was.
 
-    Derived is the count gamma, by MacKay; that the noise's cost should equal it; and
-    both scales. Assumed is that elements of A and B are independent: by its diagonal,
-    gamma can exceed the number of examples, where a full matrix cannot. Wrong where
-    the network's loss is not near a minimum, or where the posterior mean itself
-    overfits.
+    Derived are delta, gamma_loo, and that the noise should cost as much. Assumed is
+    that A and B maximize the likelihood, as training without weight decay has it, and
+    that a network linear in them has the right uncertainty. The noise is then spread
+    over R gates, or 2R rows and columns, which have nearly the same on examples of
+    training and on others. Wrong after few steps: a network that is not yet sure of its
+    training set gets noise that it does not need.
 
-    Source: MacKay (1992); the scales, derived here.
+    Source: MacKay (1992); the count of examples left out and the scales, derived here.
     """
     if noise not in get_args(_Noise):
         raise ValueError(f'noise={noise!r}; expected "scaled", "fisher" or "tied"')
     check_rereadable(batches, "noise_by_evidence(model, guide, ")
     check_pair(model, guide)
     _check_guide(guide, noise)
+    if noise == "tied":
+        _check_mean(model, guide)
     found = evidence(
         model,
         guide,
@@ -104,7 +109,7 @@ def noise_by_evidence(
         generator=generator,
         progress=progress,
     )
-    gamma = found.gamma  # raises where there is none
+    cost = found.gamma_loo  # raises where there is none
     noisy: Any = guide
     most = 1.0
     if noise == "tied":
@@ -112,9 +117,9 @@ def noise_by_evidence(
     mean, variance = _moments(noisy)
     if noise == "fisher":
         assert found.gate_fisher is not None
-        variance = gamma / (len(mean) * found.gate_fisher)
-    elif noise == "scaled":
-        most = gamma / float((variance * _information(found, noisy)).sum())
+        variance = cost / (len(mean) * found.gate_fisher)
+    else:
+        most = cost / float((variance * _information(found, noisy)).sum())
     scale = sample_scale(model, mean, variance, batches, most)
     _set_variance(noisy, scale * variance)
     noisy.linearized_scale = most / scale
@@ -137,16 +142,20 @@ def _check_guide(guide: RankGuide, noise: str) -> None:
     )
 
 
-def _tied(
-    model: RankModel, guide: RankGuide, found: Evidence
-) -> tuple[FactorLoRA, RowDiagonal]:
-    """A rank-tied Laplace approximation on the same network."""
+def _check_mean(model: RankModel, guide: RankGuide) -> None:
+    """Refuse gates of another mean than 1, at which the network is not A and B's."""
     if model.binds == "gates" and not torch.allclose(guide.mean(), model.space.ones()):
         raise ValueError(
             "some gates have a mean other than 1, which A and B alone do not have; "
             "export_peft(folder, model, guide) folds the means into B: make the model "
             "again on that adapter"
         )
+
+
+def _tied(
+    model: RankModel, guide: RankGuide, found: Evidence
+) -> tuple[FactorLoRA, RowDiagonal]:
+    """A rank-tied Laplace approximation on the same network."""
     # A likelihood with parameters belongs to one model.
     drawn = FactorLoRA(
         model.base_net,

@@ -1,11 +1,10 @@
-"""How much noise the data allow A and B: MacKay's evidence, by its diagonal."""
+"""The curvature of the likelihood about every element of A and B."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from lrvd_pyro.batches import (
@@ -15,78 +14,21 @@ from lrvd_pyro.batches import (
     gate_rows,
     without_labels,
 )
+from lrvd_pyro.gauge.marginal_likelihood import Evidence
 from lrvd_pyro.gauge.second_moments import seeded_by
 from lrvd_pyro.likelihoods.base import curvature_of
 from lrvd_pyro.models.base import RankModel, evaluating
 from lrvd_pyro.models.singles import separable
 from lrvd_pyro.predictive.predictive import mean_value
 from lrvd_pyro.rank_space.rows import Side
+from lrvd_pyro.rank_space.space import RankSpace
 from lrvd_pyro.rank_space.weight_taps import WeightTaps
 
-__all__ = ["Evidence", "evidence"]
+__all__ = ["evidence"]
 
 _SIDES: tuple[Side, ...] = ("lora_A", "lora_B")
 _EXACT = 16  # roots of the Fisher matrix; beyond, one random sum of them
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """The curvature of the likelihood about A and B, and the noise that it allows.
-
-    Let h_j be the curvature about element j. Under a prior ``N(0, 1/delta)`` Laplace's
-    log evidence is ``-delta |theta|^2 / 2 - 1/2 sum_j log(1 + h_j / delta)``, up to a
-    constant. It is greatest where ``delta |theta|^2 = gamma``, and ``gamma = sum_j h_j
-    / (h_j + delta)`` counts the parameters that the data determine.
-
-    Attributes:
-        curvature: h of each element, (P,), as ``RankSpace.flatten("lora_A", "lora_B")``
-            lays the elements out; in nats per data set.
-        weights: The elements themselves, (P,).
-        gate_fisher: The Fisher information of each gate at its mean, (R,), in nats per
-            data set; None for a model without gates.
-
-    Raises:
-        ValueError: From ``precision`` and what depends on it, if the evidence has no
-            maximum: all weights, or all curvatures, are 0.
-
-    Wrong as the number of parameters where elements are far from independent: by its
-    diagonal, gamma can exceed the number of examples, which no exact count does.
-
-    Source: MacKay (1992), "The evidence framework applied to classification networks".
-    """
-
-    curvature: Tensor
-    weights: Tensor
-    gate_fisher: Tensor | None
-
-    @cached_property
-    def precision(self) -> float:
-        """delta, the precision of the prior at which the evidence is greatest."""
-        h = self.curvature.double()
-        size = self.weights.double().square().sum()
-        if not (size > 0 and h.isfinite().all() and h.sum() > 0):
-            raise ValueError(
-                f"the evidence has no maximum: |A, B|^2 is {float(size):.3g} and the "
-                f"curvature sums to {float(h.sum()):.3g}; train the adapter first, and "
-                f"pass the batches that it was trained on"
-            )
-        # gamma falls in delta and delta |theta|^2 rises, so that they meet once: not
-        # above sqrt(sum h / |theta|^2), since gamma < sum h / delta.
-        high = 0.5 * (h.sum() / size).log()
-        low = high - 1.0
-        while low.exp() * size > (h / (h + low.exp())).sum():
-            low = low - (high - low)
-        for _ in range(60):
-            middle = (low + high) / 2
-            above = middle.exp() * size > (h / (h + middle.exp())).sum()
-            low, high = (low, middle) if above else (middle, high)
-        return float(((low + high) / 2).exp())
-
-    @cached_property
-    def gamma(self) -> float:
-        """MacKay's effective number of parameters."""
-        h = self.curvature.double()
-        return float((h / (h + self.precision)).sum())
+_SKETCH = 1024  # numbers that stand for the gradient of a root
 
 
 def evidence(
@@ -100,16 +42,19 @@ def evidence(
 ) -> Evidence:
     """Gather the curvature of the likelihood about every element of A and B.
 
-    ``h_j = (N/n) sum_i sum_k (d root_k(x_i) / d theta_j)^2``: the diagonal of the
+    ``H = (N/n) sum_i sum_k J_ik J_ik^T``, with ``J_ik = d root_k(x_i) / d theta``: the
     generalized Gauss-Newton matrix at the posterior mean, over the n examples of
     ``batches``. The K roots are those of `Curvature.fisher_roots`: C - 1 for C classes,
-    one for regression. Each batch costs a forward pass and K backward passes. The
-    memory beyond these is that of one module's weights for each example of a batch.
+    one for regression. Kept are its diagonal, and a sketch of each J_ik.
+
+    Each batch costs a forward pass and K backward passes. The memory beyond these is
+    that of one module's weights for each example of a batch, and 4 kB on the CPU for
+    each example and root.
 
     Example::
 
         found = evidence(model, guide, loader)
-        found.gamma, found.precision
+        found.precision, found.gamma, found.gamma_loo
 
     Args:
         model: A trained model, in eval mode for the time.
@@ -129,15 +74,15 @@ def evidence(
             checkpointing in eval mode too.
 
     Source: the generalized Gauss-Newton matrix, Schraudolph (2002); random signs,
-    Hutchinson (1990).
+    Hutchinson (1990); the sketch, see `Evidence`.
     """
     check_several(batches, "evidence(model, guide, [batch])")
     likelihood = curvature_of(model.likelihood, "noise by evidence")
     space, mean = model.space, mean_value(model, guide)  # type: ignore[arg-type]
     taps, gated = WeightTaps(space, _SIDES), model.binds == "gates"
-    sizes = [w.numel() for side in _SIDES for w in space.weights(side)]
-    sums = [space.ones(size) * 0 for size in sizes]
     fisher, count = space.ones() * 0, 0
+    weights = _Weights(space)
+    sketches, slopes = [], []
     with evaluating(model), seeded_by(generator), torch.enable_grad():
         shown = tqdm(batches, disable=not progress, desc="evidence")
         for batch in separable(model, shown):
@@ -146,21 +91,67 @@ def evidence(
             with taps.open(), model.bind(value):
                 predictions = model.predictions(**without_labels(batch))
             roots = likelihood.fisher_roots(predictions)
+            found = []
             for root in _scores(roots, sampled):
                 others = [value] if gated else []
                 about, rows = taps.gradients(root, examples, others)
                 fisher += sum(g.square().sum(0) for g in about)
-                for total, gradient in zip(sums, rows):
-                    total += gradient.square().sum(0).flatten()
+                found.append(weights.add(rows, examples))
+            sketch, slope = zip(*found, strict=True)
+            sketches.append(torch.stack(sketch, 1))
+            slopes.append(torch.stack(slope, 1))
             count += examples
     if not count:
         raise ValueError("got no batches; expected the training set")
     whole = model.num_data / count
     return Evidence(
-        torch.cat(sums) * whole,
-        space.flatten(*_SIDES).detach(),
+        torch.cat(weights.squares) * whole,
         fisher * whole if gated else None,
+        torch.cat(sketches),
+        torch.cat(slopes),
+        whole,
     )
+
+
+class _Weights:
+    """Sums over gradients about A and B, module by module.
+
+    Attributes:
+        squares: The sums of squares, one tensor per module and side.
+    """
+
+    def __init__(self, space: RankSpace) -> None:
+        weights = [
+            rows.flatten(weight.detach())
+            for side in _SIDES
+            for rows, weight in zip(space.rows(side), space.weights(side), strict=True)
+        ]
+        self._theta = [weight.flatten() for weight in weights]
+        self.squares = [torch.zeros_like(weight) for weight in self._theta]
+        # The same signs for all batches; they have nothing to do with the user's.
+        source = torch.Generator().manual_seed(0)
+        self._signs = [
+            torch.randint(0, 2, w.shape, generator=source).mul_(2).sub_(1).to(w)
+            for w in self._theta
+        ]
+
+    def add(self, rows: Iterator[Tensor], examples: int) -> tuple[Tensor, Tensor]:
+        """One gradient per example: its sketch, ``B x q``, and its part along theta.
+
+        The sketch adds up elements that are q apart, with random signs: the inner
+        products of gradients stay as they are, on average over the signs.
+        """
+        sketch = self._theta[0].new_zeros(examples, _SKETCH)
+        slope, begin = sketch.new_zeros(examples), 0
+        for number, gradient in enumerate(rows):
+            each = gradient.flatten(1)
+            self.squares[number] += each.square().sum(0)
+            slope += each @ self._theta[number]
+            front = begin % _SKETCH
+            begin += each.shape[1]
+            padded = F.pad(each * self._signs[number], (front, -begin % _SKETCH))
+            sketch += padded.unflatten(1, (-1, _SKETCH)).sum(1)
+        return sketch.cpu(), slope.cpu()
 
 
 def _scores(roots: Tensor, sampled: bool | None) -> Iterable[Tensor]:

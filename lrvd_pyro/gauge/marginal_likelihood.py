@@ -1,0 +1,123 @@
+"""How much noise the data allow A and B: the evidence, and what noise costs by it."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+__all__ = ["Evidence"]
+
+_GRID = 1000  # precisions to try, from 1e-16 to 1e4 times the largest eigenvalue
+_NEGLIGIBLE = 1e-7  # of the largest eigenvalue: float error
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The curvature of the likelihood about A and B, and the noise that it allows.
+
+    Let theta be the P elements of A and B, which maximize the likelihood, and H its
+    generalized Gauss-Newton matrix there. Under a prior ``N(0, 1/delta)`` the log
+    evidence is, up to a constant,
+
+    ``-1/2 delta theta^T H (H + delta)^-1 theta - 1/2 log det(1 + H / delta)``.
+
+    At its maximum ``delta |m|^2 = gamma``. Here ``m = H (H + delta)^-1 theta`` is the
+    posterior mean, and ``gamma = tr H (H + delta)^-1`` counts the parameters that the
+    data determine.
+
+    The posterior's noise costs gamma nats on the examples of training, twice what they
+    lose on average. An example that was not trained on sees more noise. For example n,
+    with its K roots of the Fisher matrix and their leverage ``L_n = J_n (H + delta)^-1
+    J_n^T``, the others leave the noise ``L_n (1 - L_n)^-1``. So ``gamma_loo = sum_n
+    tr L_n (1 - L_n)^-1`` is what the noise costs on examples left out.
+
+    P x P matrices are never formed: H acts through a sketch of the J_n of q numbers
+    each. That is exact for P <= q. Beyond, q = 1,024 gives gamma_loo within about 10%.
+
+    Attributes:
+        curvature: The diagonal of H, (P,), as ``RankSpace.flatten("lora_A", "lora_B")``
+            lays the elements out; in nats per data set.
+        gate_fisher: The Fisher information of each gate at its mean, (R,), in nats per
+            data set; None for a model without gates.
+        sketch: Of the roots of each example, ``n x K x q``.
+        slopes: The derivative of each root along theta, ``n x K``.
+        scale: N/n, where the examples stand for N.
+
+    Raises:
+        ValueError: From ``precision`` and what depends on it, if the evidence has no
+            maximum, or none at a finite delta.
+
+    Wrong where A and B are far from a maximum of the likelihood, as after few steps or
+    under a strong weight decay.
+
+    Source: MacKay (1992), "The evidence framework applied to classification networks";
+    the evidence about a maximum of the likelihood and gamma_loo, derived here; the
+    sketch, Weinberger et al. (2009, arXiv 0902.2206).
+    """
+
+    curvature: Tensor
+    gate_fisher: Tensor | None
+    sketch: Tensor
+    slopes: Tensor
+    scale: float
+
+    @cached_property
+    def precision(self) -> float:
+        """delta, the precision of the prior at which the evidence is greatest."""
+        values, _, energy = self._spectrum
+        largest = float(values.max()) if len(values) else 0.0
+        if not largest > 0 or not energy.isfinite().all():
+            raise ValueError(
+                f"the evidence has no maximum: the largest eigenvalue of the curvature "
+                f"is {largest:.3g}; train the adapter first, and pass the batches that "
+                f"it was trained on"
+            )
+        tried = largest * torch.logspace(-16, 4, _GRID, dtype=torch.double)
+        best = int(self._log_evidence(tried).argmax())
+        if best == _GRID - 1:
+            raise ValueError(
+                f"the evidence has no maximum: it rises until delta = "
+                f"{float(tried[best]):.3g}, as if A and B fitted nothing but noise; "
+                f"train the adapter first, and pass the batches that it was trained on"
+            )
+        fine = torch.linspace(0, 1, _GRID, dtype=torch.double)
+        low, high = tried[max(best - 1, 0)], tried[best + 1]
+        tried = low * (high / low) ** fine
+        return float(tried[self._log_evidence(tried).argmax()])
+
+    @cached_property
+    def gamma(self) -> float:
+        """The effective number of parameters."""
+        values, _, _ = self._spectrum
+        return float((values / (values + self.precision)).sum())
+
+    @cached_property
+    def gamma_loo(self) -> float:
+        """What the noise costs on examples left out, in nats, as gamma does on all."""
+        values, vectors, _ = self._spectrum
+        weights = vectors * (values + self.precision).rsqrt()
+        rows = self.sketch.double() @ weights
+        leverage = rows @ rows.mT
+        rest = torch.eye(leverage.shape[-1], dtype=torch.double) - leverage
+        left_out = torch.linalg.solve(rest, leverage)
+        return self.scale * float(left_out.diagonal(dim1=1, dim2=2).sum())
+
+    def _log_evidence(self, precision: Tensor) -> Tensor:
+        values, _, energy = self._spectrum
+        values, precision = values[:, None], precision[None]
+        fit = energy[:, None] * values * precision / (values + precision)
+        return -0.5 * (fit + torch.log1p(values / precision)).sum(0)
+
+    @cached_property
+    def _spectrum(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Eigenvalues of H, its eigenvectors in the sketch, and theta's squares there.
+
+        Directions without curvature are left out.
+        """
+        rows = self.sketch.flatten(0, 1).double()
+        values, vectors = torch.linalg.eigh(self.scale * (rows.T @ rows))
+        kept = values > _NEGLIGIBLE * values[-1]
+        values, vectors = values[kept], vectors[:, kept]
+        along = self.scale * (self.slopes.flatten().double() @ rows @ vectors)
+        return values, vectors, (along / values).square()
