@@ -172,7 +172,7 @@ def test_the_quadratic_cost_of_the_gates_noise_becomes_gamma_loo(noise: Any) -> 
 def test_the_tied_noise_follows_the_mean_curvature_of_rows_and_costs_gamma_loo() -> (
     None
 ):
-    model = GateLoRA(nets.perceptron(), num_data=10**9)
+    model = GateLoRA(nets.perceptron(), num_data=10**6)
     batch = rows(8)
     drawn, guide = noise_by_evidence(model, RankDiagonal(model), [batch], noise="tied")
     assert isinstance(drawn, FactorLoRA) and isinstance(guide, RowDiagonal)
