@@ -1,6 +1,7 @@
 """A trained pair, with the noise that the evidence allows."""
 
 import copy
+import math
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
@@ -117,7 +118,9 @@ def noise_by_evidence(
     mean, variance = _moments(noisy)
     if noise == "fisher":
         assert found.gate_fisher is not None
-        variance = cost / (len(mean) * found.gate_fisher)
+        # A gate that moves nothing, as of an expert without tokens, bears any noise.
+        most_noise = math.exp(RealNoise.limits[1])
+        variance = (cost / (len(mean) * found.gate_fisher)).clamp(max=most_noise)
     else:
         most = cost / float((variance * _information(found, noisy)).sum())
     scale = sample_scale(model, mean, variance, batches, most)

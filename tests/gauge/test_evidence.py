@@ -103,6 +103,19 @@ def test_a_layer_that_a_batch_leaves_out_gets_no_curvature_from_it() -> None:
     assert both.gate_fisher[-1] > 0 and first.gate_fisher[0] > 0
 
 
+def test_a_gate_that_moves_nothing_leaves_the_noise_of_the_others_finite() -> None:
+    net = nets.lora(Experts(), target_modules=["0", "1"]).eval()
+    model = GateLoRA(net, num_data=3000)
+    batch = {"x": -torch.rand(40, 5)}  # the second expert gets nothing
+    _, guide = noise_by_evidence(model, RankDiagonal(model), [batch], noise="fisher")
+    idle = [module == "experts.1" for module in model.space.coordinates["module"]]
+    drawn = guide.log_alpha[~torch.tensor(idle)]
+    fisher = evidence(model, guide, [batch]).gate_fisher[~torch.tensor(idle)]
+    assert guide.linearized_scale < 100 and guide.log_alpha.isfinite().all()
+    worth = drawn.exp() * fisher
+    torch.testing.assert_close(worth, worth.mean().expand(len(worth)))
+
+
 def test_the_sketch_has_the_inner_products_of_the_gradients_and_the_slopes() -> None:
     model = GateLoRA(nets.perceptron(), num_data=60)
     guide, batch = RankDiagonal(model), rows(6)
