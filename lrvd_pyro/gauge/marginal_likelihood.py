@@ -26,11 +26,12 @@ class Evidence:
     posterior mean, and ``gamma = tr H (H + delta)^-1`` counts the parameters that the
     data determine.
 
-    The posterior's noise costs gamma nats on the examples of training, twice what they
-    lose on average. An example that was not trained on sees more noise. For example n,
-    with its K roots of the Fisher matrix and their leverage ``L_n = J_n (H + delta)^-1
-    J_n^T``, the others leave the noise ``L_n (1 - L_n)^-1``. So ``gamma_loo = sum_n
-    tr L_n (1 - L_n)^-1`` is what the noise costs on examples left out.
+    On the examples of training the posterior's noise costs gamma: twice the nats that
+    their log likelihood loses, to second order. An example that was not trained on sees
+    more noise. J_n are the gradients of the K roots of example n, and ``L_n = J_n (H +
+    delta)^-1 J_n^T`` is its leverage. The other examples leave it the noise ``L_n (1 -
+    L_n)^-1``. So ``gamma_loo = sum_n tr L_n (1 - L_n)^-1`` is the cost on examples that
+    are left out.
 
     P x P matrices are never formed: H acts through a sketch of the J_n of q numbers
     each. That is exact for P <= q. Beyond, q = 1,024 gives gamma_loo within about 10%.
@@ -45,8 +46,8 @@ class Evidence:
         scale: N/n, where the examples stand for N.
 
     Raises:
-        ValueError: From ``precision`` and what depends on it, if the evidence has no
-            maximum, or none at a finite delta.
+        ValueError: From ``precision`` and what depends on it, if a gradient is not
+            finite, or the evidence has no maximum at a finite delta.
 
     Wrong where A and B are far from a maximum of the likelihood, as after few steps or
     under a strong weight decay.
@@ -65,9 +66,14 @@ class Evidence:
     @cached_property
     def precision(self) -> float:
         """delta, the precision of the prior at which the evidence is greatest."""
-        values, _, energy = self._spectrum
+        if not (self.sketch.isfinite().all() and self.slopes.isfinite().all()):
+            raise ValueError(
+                "the evidence has no maximum: gradients about A and B are not finite; "
+                "look for NaN in the adapter and in the batches"
+            )
+        values, _, _ = self._spectrum
         largest = float(values.max()) if len(values) else 0.0
-        if not largest > 0 or not energy.isfinite().all():
+        if largest == 0:
             raise ValueError(
                 f"the evidence has no maximum: the largest eigenvalue of the curvature "
                 f"is {largest:.3g}; train the adapter first, and pass the batches that "
