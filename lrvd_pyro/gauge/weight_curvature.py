@@ -28,7 +28,7 @@ __all__ = ["evidence"]
 
 _SIDES: tuple[Side, ...] = ("lora_A", "lora_B")
 _EXACT = 16  # roots of the Fisher matrix; beyond, one random sum of them
-_SKETCH = 1024  # numbers that stand for the gradient of a root
+_SKETCH = 2048  # numbers that stand for the gradient of a root
 
 
 def evidence(
@@ -48,7 +48,7 @@ def evidence(
     one for regression. Kept are its diagonal, and a sketch of each J_ik.
 
     Each batch costs a forward pass and K backward passes. The memory beyond these is
-    that of one module's weights for each example of a batch, and 4 kB on the CPU for
+    that of one module's weights for each example of a batch, and 8 kB on the CPU for
     each example and root.
 
     Example::
