@@ -49,6 +49,11 @@ class Evidence:
         ValueError: From ``precision`` and what depends on it, if a gradient is not
             finite, or the evidence has no maximum at a finite delta.
 
+    The diagonal of H alone would not do: where the gradients of examples are alike, as
+    with several classes, its gamma is several times too large, and can exceed n K. Nor
+    would ``delta |theta|^2 = gamma``: it takes what no example sees of theta, such as
+    the start of A and the optimizer's drift, for evidence of a wide prior.
+
     Wrong where A and B are far from a maximum of the likelihood, as after few steps or
     under a strong weight decay.
 
