@@ -148,27 +148,34 @@ def run_lrvd(task: Task, args: argparse.Namespace) -> tuple[list[Result], Poster
         lrvd.predict(model, guide, data.in_order(), args.samples, progress=True)
         for data in task.predicted()
     ]
-    noisy = with_noise_by_evidence(model, guide, task.train.in_order(args.batch))
+    results = [
+        Result("LRVD, posterior mean", cost, *mean),
+        Result(f"LRVD, {args.samples} samples", cost, *sampled),
+    ]
+    noisy, evident = with_noise_by_evidence(model, guide, task, args.batch, cost)
+    return results + evident, Posterior(model, guide, history, noisy)
+
+
+def with_noise_by_evidence(
+    model: GateLoRA, guide: RankDiagonal, task: Task, size: int, cost: dict[str, float]
+) -> tuple[RankDiagonal, list[Result]]:
+    """A second guide of more noise, and what it predicts; else the first guide."""
+    began = time.perf_counter()
+    noisy = RankDiagonal(model)
+    noisy.load_state_dict(guide.state_dict())
+    batches = list(task.train.batches(size, torch.Generator().manual_seed(0)))
+    try:
+        lrvd.gauge.noise_by_evidence(model, noisy, batches, progress=True)
+    except ValueError as error:
+        print(f"LRVD keeps the noise of training: {error}\n")
+        return guide, []
+    seconds = cost["seconds"] + time.perf_counter() - began
     linearized = [
         lrvd.predict(model, noisy, data.in_order(), method="linearized", progress=True)
         for data in task.predicted()
     ]
-    results = [
-        Result("LRVD, posterior mean", cost, *mean),
-        Result(f"LRVD, {args.samples} samples", cost, *sampled),
-        Result("LRVD, noise by evidence", cost, *linearized),
-    ]
-    return results, Posterior(model, guide, history, noisy)
-
-
-def with_noise_by_evidence(
-    model: GateLoRA, guide: RankDiagonal, batches: list[Batch]
-) -> RankDiagonal:
-    """A second guide, which starts from the first and has the noise of the evidence."""
-    second = RankDiagonal(model)
-    second.load_state_dict(guide.state_dict())
-    lrvd.gauge.noise_by_evidence(model, second, batches, progress=True)
-    return second
+    cost = cost | {"rank": float(noisy.effective_rank), "seconds": seconds}
+    return noisy, [Result("LRVD, noise by evidence", cost, *linearized)]
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ PAIRS = (
     ("question1", "question2"),
     ("question", "passage"),
 )
-WHOLE = re.compile(r"-?\d+")
+WHOLE = re.compile(r"[-+]?\d+")
 REAL = re.compile(r"[-+]?(\d*\.\d+|\d+\.?)([eE][-+]?\d+)?|nan")
 
 
@@ -70,8 +70,9 @@ def read_file(path: Path) -> Table:
             header, *rows = [(lines.line_num, row) for row in lines if row] or [(1, [])]
         except csv.Error as error:
             raise ValueError(f"{path}, line {lines.line_num}: {error}") from error
-    names = header[1]
-    if "label" not in names or len({*names}) < len(names):
+    names = [name.strip() for name in header[1]]
+    known = {"text", "label"}.union(*PAIRS)
+    if "label" not in names or any(names.count(name) > 1 for name in known):
         raise ValueError(
             f"{path} has the columns {names}; expected text or text_a and text_b, and "
             f"label, each once"
@@ -128,7 +129,7 @@ def sorted_classes(name: str, labels: Sequence[str]) -> list[str]:
     """The different labels, in order of their numbers or of the alphabet."""
     classes = set(labels)
     if all(WHOLE.fullmatch(label) for label in classes):
-        return sorted(classes, key=int)
+        return sorted(classes, key=lambda label: (int(label), label))
     if all(REAL.fullmatch(label) for label in classes):
         raise ValueError(
             f"{name} has the labels {sorted(classes)[:3]}, ...; expected classes, as "

@@ -1,13 +1,14 @@
 """Whether a model's network takes a draw for each example of a batch."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from lrvd_pyro._compat.torch import tree_leaves, tree_map
-from lrvd_pyro.models.inputs import by_row, with_rows
+from lrvd_pyro.models.inputs import by_row
 from lrvd_pyro.rank_space.row_check import mixed_rows
 from lrvd_pyro.rank_space.space import RankSpace
 
@@ -30,13 +31,14 @@ class RowCheck:
 
     The first batch of two or more examples decides, in each setting: the LoRA modules
     that there are, the mode of each module, and the inputs' names, dimensions and
-    options. A batch costs one more forward pass, and backward passes as `mixed_rows`
+    options. A batch costs two more forward passes, and backward passes as `mixed_rows`
     says. Where it does not run all modules (layerdrop, rare experts), up to 31 more
     batches are looked at.
 
-    The last example is moved to the front, so that a network that sorts its batch by
-    length shows it even if the batch is sorted. Wrong where some tensor has no row per
-    example: the order then stays, since the others may depend on it.
+    Another pass has the last example in front, so that a network that sorts its batch
+    by length shows it even if the batch is sorted. Wrong for a sorted batch of which
+    some entry has no row per example, or which the network takes in this order alone:
+    nothing is seen then.
     """
 
     def __init__(self) -> None:
@@ -71,10 +73,16 @@ class RowCheck:
         known = self._verdicts.setdefault(setting, _Verdict(set(space.modules)))
         if known.unseen and not known.reason and known.passes < _PASSES:
             with space.binding.holding({}):  # refuses what no draw can enter
-                usable = tree_map(_usable, _rolled(inputs, examples))
+                usable = tree_map(_usable, dict(inputs))
                 known.reason, seen = mixed_rows(
                     space, lambda: predictions(**usable), examples
                 )
+                if not known.reason and _has_rows_alone(usable, examples):
+                    with suppress(Exception):  # the network may demand an order
+                        rolled = tree_map(lambda leaf: _rolled(leaf, examples), usable)
+                        known.reason, _ = mixed_rows(
+                            space, lambda: predictions(**rolled), examples
+                        )
             known.unseen -= seen
             known.passes += 1
         return known.reason
@@ -93,16 +101,22 @@ def _kinds(inputs: Mapping[str, Any]) -> frozenset[tuple[str, object]]:
 def _kind(value: object) -> object:
     if isinstance(value, Tensor):
         return value.dim()
-    plain = value is None or isinstance(value, bool | int | float | str)
-    return value if plain else type(value)
+    return value if _is_option(value) else type(value)
 
 
-def _rolled(inputs: Mapping[str, Any], examples: int) -> dict[str, Any]:
-    """The examples in another order, where every tensor has a row for each of them."""
-    tensors = [leaf for leaf in tree_leaves(dict(inputs)) if isinstance(leaf, Tensor)]
-    if not all(by_row(tensor, examples) for tensor in tensors):
-        return dict(inputs)
-    return with_rows(inputs, lambda rows: rows.roll(1, 0))
+def _is_option(value: object) -> bool:
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _has_rows_alone(inputs: Mapping[str, Any], examples: int) -> bool:
+    """Whether all inputs but options are tensors with a row for each example."""
+    entries = [value for value in inputs.values() if not _is_option(value)]
+    return all(by_row(leaf, examples) for leaf in tree_leaves(entries))
+
+
+def _rolled(leaf: Any, examples: int) -> object:
+    """The last example in front."""
+    return leaf.roll(1, 0) if by_row(leaf, examples) else leaf
 
 
 def _usable(leaf: object) -> object:

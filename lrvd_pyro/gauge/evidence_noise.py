@@ -1,7 +1,6 @@
 """A trained pair, with the noise that the evidence allows."""
 
 import copy
-import math
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
 
@@ -83,8 +82,8 @@ def noise_by_evidence(
         TypeError: If the likelihood lacks ``fisher_roots``, ``batches`` is one batch or
             can be read only once, or the guide is of another kind.
         ValueError: If there is no batch, the network takes no draw per example, or the
-            evidence has no maximum; for "tied", if gates have means other than 1. The
-            pair is then as it was.
+            evidence has no maximum; for "fisher", if a gate moves no prediction; for
+            "tied", if gates have means other than 1. The pair is then as it was.
 
     Derived are delta, gamma_loo, and that the noise should cost as much. Assumed is
     that A and B maximize the likelihood, as training without weight decay has it, and
@@ -118,9 +117,8 @@ def noise_by_evidence(
     mean, variance = _moments(noisy)
     if noise == "fisher":
         assert found.gate_fisher is not None
-        # A gate that moves nothing, as of an expert without tokens, bears any noise.
-        most_noise = math.exp(RealNoise.limits[1])
-        variance = (cost / (len(mean) * found.gate_fisher)).clamp(max=most_noise)
+        _check_all_seen(model, found.gate_fisher)
+        variance = cost / (len(mean) * found.gate_fisher)
     else:
         most = cost / float((variance * _information(found, noisy)).sum())
     scale = sample_scale(model, mean, variance, batches, most)
@@ -152,6 +150,16 @@ def _check_mean(model: RankModel, guide: RankGuide) -> None:
             "some gates have a mean other than 1, which A and B alone do not have; "
             "export_peft(folder, model, guide) folds the means into B: make the model "
             "again on that adapter"
+        )
+
+
+def _check_all_seen(model: RankModel, fisher: Tensor) -> None:
+    """Refuse gates that move no prediction: nothing says how noisy they may be."""
+    modules = model.space.coordinates["module"]
+    if silent := sorted({modules[i] for i in (fisher == 0).nonzero().flatten()}):
+        raise ValueError(
+            f"gates of {silent} move no prediction of these batches; pass batches that "
+            f'use them, remove the gates, prune(model, guide), or take noise="scaled"'
         )
 
 

@@ -70,8 +70,7 @@ def evidence(
         TypeError: If the likelihood lacks ``fisher_roots``, or ``batches`` is one
             batch.
         ValueError: If no batch is given, or the network takes no draw per example.
-        RuntimeError: From torch, if a layer runs under reentrant activation
-            checkpointing in eval mode too.
+        RuntimeError: If a layer runs under activation checkpointing in eval mode too.
 
     Source: the generalized Gauss-Newton matrix, Schraudolph (2002); random signs,
     Hutchinson (1990); the sketch, see `Evidence`.

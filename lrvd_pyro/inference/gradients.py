@@ -56,6 +56,9 @@ def data_scale(trace: Trace) -> float:
 def uses_float16(program: object) -> bool:
     """Whether a program computes in float16, as seen in its last forward pass.
 
+    Wrong where autocast begins behind the LoRA layers: an infinite gradient is then
+    refused.
+
     Other precisions have the range of float32, so that their gradients stay as they are
     for whoever listens to them in the backward pass.
     """

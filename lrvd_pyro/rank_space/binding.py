@@ -1,5 +1,6 @@
 """The hooks on the LoRA layers of an adapter, and whether a draw reaches them."""
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -13,6 +14,7 @@ from lrvd_pyro.rank_space.checkpointing import carried_by_checkpointing
 from lrvd_pyro.rank_space.find import plain_net
 from lrvd_pyro.rank_space.hooks import GateHook, WeightHook, obstacle, own_hooks
 from lrvd_pyro.rank_space.rows import Side
+from lrvd_pyro.rank_space.undisturbed import undisturbed
 
 __all__ = ["Binding"]
 
@@ -39,6 +41,7 @@ class Binding:
         self.net, self.adapter, self.layers = net, adapter, dict(layers)
         self.bank = Bank()
         self.passes = 0  # forward passes judged while some module had not run
+        self._with_gradient = 0  # of these
         self._fired = False
         self._skipped: set[str] = set()  # modules of parts that the first pass left out
         self._blocks = checkpointing_blocks(net)
@@ -85,7 +88,7 @@ class Binding:
 
     @property
     def in_float16(self) -> bool:
-        """Whether the last pass ran a LoRA module in float16."""
+        """Whether some LoRA module ran in float16 when it last ran."""
         return any(gate.float16 for gate in self._gates)
 
     def unreached(self) -> list[str]:
@@ -97,7 +100,12 @@ class Binding:
 
         Training may drop layers. In any mode, a router may send nothing to a module
         beside others of its kind, and a batch may have nothing for a whole part, as
-        text for a vision tower. Such modules are given several passes.
+        text for a vision tower. Such modules are given several passes, and parts that
+        do not run are told of. A step may take more than one pass. Passes without
+        gradients are none of them: a trained network may predict for text alone.
+
+        Right under the network's root no part is around a module, so that it is judged
+        at once; so is a pass outside of a model, within `RankSpace.bind`.
 
         Args:
             again: Repeats the last pass. If the first one left a module out, its
@@ -114,11 +122,13 @@ class Binding:
             self._look_again(again)
             training = False
         self.passes += 1
+        self._with_gradient += torch.is_grad_enabled()
         silent = self.unreached()
         seen = {_kind(name) for name in self.layers if name not in silent}
         waited_for = {n for n in silent if _kind(n) in seen} | self._skipped
         alone = set(silent) - waited_for
-        if silent and self.passes >= _PASSES or alone and not training:
+        overdue = silent and self._with_gradient >= _PASSES
+        if overdue or alone and not training:
             raise RuntimeError(
                 f"in {self.passes} forward passes the network never reached the LoRA "
                 f"modules {silent}, so draws of their rank components have no effect. "
@@ -139,16 +149,23 @@ class Binding:
             module.register_forward_pre_hook(lambda module, _: ran.add(module))
             for module in {*around.values()} - ran
         ]
-        device = next(self.net.parameters()).device
-        # A run that is killed and resumed judges once more, from the same state.
-        state = torch.random.fork_rng([device] if device.type == "cuda" else [])
         try:
-            with _in_eval_mode(self.net), torch.no_grad(), state:
+            # A run that is killed and resumed judges once more, from the same state.
+            with undisturbed(self.net), _in_eval_mode(self.net), torch.no_grad():
                 again()
         finally:
             for hook in hooks:
                 hook.remove()
-        self._skipped = {n for n in self.unreached() if around[n] not in ran}
+        skipped = [n for n in self.unreached() if around[n] not in ran]
+        if skipped:
+            names = ", ".join(skipped[:4])
+            warnings.warn(
+                f"the first batch did not run the parts around {len(skipped)} LoRA "
+                f"modules: {names}. Their draws have no effect until a batch does; if "
+                f"fused kernels or methods of one's own compute them, never",
+                stacklevel=4,
+            )
+        self._skipped = set(skipped)
 
     def require_live(self) -> None:
         """Raise a RuntimeError unless a draw can enter the forward pass."""
@@ -198,7 +215,7 @@ def _kind(name: str) -> str:
 
 
 def _around(net: nn.Module, layer: object) -> nn.Module:
-    """The module that calls a layer."""
+    """The part that a layer belongs to, past lists and dicts of modules."""
     parents = {child: m for m in net.modules() for child in m.children()}
     parent = parents[layer]  # type: ignore[index]
     while isinstance(parent, nn.ModuleList | nn.ModuleDict):  # which nobody calls

@@ -11,9 +11,9 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from lrvd_pyro._compat.torch import is_compiled
 from lrvd_pyro.rank_space.drawn import row_count
 from lrvd_pyro.rank_space.space import RankSpace
+from lrvd_pyro.rank_space.undisturbed import undisturbed
 
 __all__ = ["mixed_rows"]
 
@@ -41,7 +41,8 @@ def mixed_rows(
         The reason, which names the first such layer. And the LoRA modules about which
         this batch says something: those that move finite predictions.
     """
-    with _undisturbed(space), _probed(space, examples) as probes:
+    grads = torch.enable_grad()
+    with undisturbed(space.net), grads, _probed(space, examples) as probes:
         outputs = predict()
         if reason := _misfit(probes, outputs, examples):
             return reason, set()
@@ -152,25 +153,4 @@ def _probed(space: RankSpace, examples: int) -> Iterator[dict[str, _Probe]]:
             trailing = len(getattr(lora_B, "kernel_size", ()))
             probes[name] = _Probe(examples, trailing, space.device)
             hooks.callback(lora_B.register_forward_hook(probes[name]).remove)
-        # Compiled code would ignore the probes, or keep them.
-        if is_compiled(space.net):
-            hooks.enter_context(torch.compiler.set_stance("force_eager"))
         yield probes
-
-
-@contextmanager
-def _undisturbed(space: RankSpace) -> Iterator[None]:
-    """Take gradients; restore the random state, and buffers such as running means."""
-    gpus = [space.device] if space.device.type == "cuda" else []
-    # Tensors of the inference mode, and those that are elsewhere, cannot be written.
-    buffers = [b for b in space.net.buffers() if not (b.is_meta or b.is_inference())]
-    # Nor those that are one number many times over, as by expand.
-    buffers = [b for b in buffers if 0 not in b.stride()]
-    copies = [buffer.clone() for buffer in buffers]
-    with torch.inference_mode(False), torch.random.fork_rng(gpus):
-        try:
-            with torch.enable_grad():
-                yield
-        finally:
-            for buffer, copy in zip(buffers, copies, strict=True):
-                buffer.copy_(copy)

@@ -95,8 +95,10 @@ class WeightTaps:
 
     def _tap(self, number: int) -> _Hook:
         def tap(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            if not torch.is_grad_enabled():  # nothing that can be differentiated
+                return output
             # The first layer's A may be frozen, and so may its input.
-            if torch.is_grad_enabled() and not output.requires_grad:
+            if not output.requires_grad:
                 output.requires_grad_()
             self._calls.append((number, args[0].detach(), output))
             return output

@@ -142,7 +142,7 @@ def test_run_on_a_file(
     file = tmp_path / "reviews.tsv"
     lines = [f'{"good" if i % 2 else "bad"} "film {i}\t{i % 2}\n' for i in range(48)]
     file.write_text("text\tlabel\n" + "".join(lines), encoding="utf-8")
-    options = [*SMALL, "--data", str(file), "--epochs", "1", "--targets", "value"]
+    options = [*SMALL, "--data", str(file), "--epochs", "4", "--targets", "value"]
     quickstart.main([*options, "--out", str(tmp_path / "run")])
     out = capsys.readouterr().out
     assert out.startswith("28 sentences to train on, 8 dev, 12 test")
@@ -231,6 +231,21 @@ def test_the_loaded_posterior_predicts_as_reported(run: Any) -> None:
     assert reported["nll"] != run.report["LRVD, posterior mean"]["nll"]
     for name, value in found.items():
         assert value == pytest.approx(reported[name], rel=1e-5), name
+    assert float(guide.effective_rank) == pytest.approx(reported["rank"], rel=1e-5)
+    assert reported["seconds"] > run.report["LRVD, 3 samples"]["seconds"]
+
+
+def test_without_a_maximum_of_the_evidence_the_rest_is_printed_and_written(
+    quickstart: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """As after a few steps at a tiny rate."""
+    rates = [*SMALL, "--lr", "1e-5", "--epochs", "1", "--out", str(tmp_path)]
+    quickstart.main(rates)
+    out = capsys.readouterr().out
+    assert "LRVD keeps the noise of training: the evidence has no maximum" in out
+    assert len(list(tmp_path.iterdir())) == 5
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [*report] == ["LoRA", "LRVD, posterior mean", "LRVD, 3 samples"]
 
 
 def test_posterior_nc_opens_in_arviz_with_every_gate_in_its_place(run: Any) -> None:

@@ -201,6 +201,8 @@ def test_a_tsv_file_takes_quote_characters_as_text_and_a_csv_file_does_not(
         ("0 1 5 1", [0, 1, 2, 1], ("0", "1", "5")),
         ("10 9 -1 9", [2, 1, 0, 1], ("-1", "9", "10")),
         ("yes no maybe no", [2, 1, 0, 1], ("maybe", "no", "yes")),
+        ("+1 -1 -1", [1, 0, 0], ("-1", "+1")),
+        ("1 01 2 1", [1, 0, 2, 1], ("01", "1", "2")),
     ],
 )
 def test_labels_are_numbers_or_names_and_no_class_is_made_up(
@@ -210,7 +212,7 @@ def test_labels_are_numbers_or_names_and_no_class_is_made_up(
     rows = "".join(
         f"{i}\t{label:>{5 + i % 2}}\n" for i, label in enumerate(labels.split())
     )
-    data = text_files.read(write(tmp_path, "a.tsv", "text\tlabel\n" + rows))
+    data = text_files.read(write(tmp_path, "a.tsv", "text\t label\n" + rows))
     assert data.labels == indices and data.classes == classes
 
 

@@ -103,17 +103,38 @@ def test_a_layer_that_a_batch_leaves_out_gets_no_curvature_from_it() -> None:
     assert both.gate_fisher[-1] > 0 and first.gate_fisher[0] > 0
 
 
-def test_a_gate_that_moves_nothing_leaves_the_noise_of_the_others_finite() -> None:
+def test_noise_by_fisher_refuses_a_layer_that_the_batches_leave_out() -> None:
     net = nets.lora(Experts(), target_modules=["0", "1"]).eval()
     model = GateLoRA(net, num_data=3000)
-    batch = {"x": -torch.rand(40, 5)}  # the second expert gets nothing
-    _, guide = noise_by_evidence(model, RankDiagonal(model), [batch], noise="fisher")
-    idle = [module == "experts.1" for module in model.space.coordinates["module"]]
-    drawn = guide.log_alpha[~torch.tensor(idle)]
-    fisher = evidence(model, guide, [batch]).gate_fisher[~torch.tensor(idle)]
-    assert guide.linearized_scale < 100 and guide.log_alpha.isfinite().all()
-    worth = drawn.exp() * fisher
-    torch.testing.assert_close(worth, worth.mean().expand(len(worth)))
+    guide, batch = RankDiagonal(model), {"x": -torch.rand(40, 5)}
+    before = guide.log_variance.detach().clone()
+    with pytest.raises(ValueError, match=r"gates of \['experts.1'\] move no predicti"):
+        noise_by_evidence(model, guide, [batch], noise="fisher")
+    assert torch.equal(guide.log_variance, before)
+    _, guide = noise_by_evidence(model, guide, [batch])
+    assert guide.log_variance.isfinite().all()
+
+
+def test_a_part_that_the_first_batch_skips_has_no_curvature() -> None:
+    """The pass that looks for it again is not differentiated."""
+
+    class Towers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.pictures = nn.Linear(5, 3), nn.Sequential(nn.Linear(5, 3))
+
+        def forward(self, x: Tensor, pixels: Tensor | None = None) -> Tensor:
+            y = self.words(x)
+            return y if pixels is None else y + self.pictures(pixels)
+
+    net = nets.lora(Towers(), target_modules=["words", "0"]).eval()
+    model = GateLoRA(net, num_data=8)
+    with pytest.warns(UserWarning, match="did not run the parts around 1 LoRA module"):
+        found = evidence(model, RankDiagonal(model), [{"x": torch.rand(1, 5)}])
+    size = model.space.weights("lora_A")[0].numel()
+    pictures = model.space.modules.index("pictures.0")
+    h = found.curvature[pictures * size : (pictures + 1) * size]
+    assert h.abs().max() == 0 and found.curvature.sum() > 0
 
 
 def test_the_sketch_has_the_inner_products_of_the_gradients_and_the_slopes() -> None:

@@ -133,7 +133,7 @@ def test_the_check_moves_no_random_number_and_warns_once() -> None:
     assert len(said) == 1
 
 
-def test_the_check_costs_one_pass_at_the_first_step_alone() -> None:
+def test_the_check_costs_two_passes_at_the_first_step_alone() -> None:
     model, batch = GateLoRA(nets.bert(), num_data=60), nets.tokens()
     passes: list[int] = []
     model.base_net.register_forward_pre_hook(lambda *_: passes.append(1))
@@ -142,7 +142,7 @@ def test_the_check_costs_one_pass_at_the_first_step_alone() -> None:
     for _ in range(3):
         svi.step(**batch)
         counts.append(len(passes))
-    assert counts == [2, 3, 4]
+    assert counts == [3, 4, 5]
 
 
 def test_one_example_proves_nothing_and_draws_for_itself() -> None:

@@ -101,7 +101,7 @@ def test_rows_of_the_examples_own_still_share_a_pass() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = gramians(model, [batch, batch], labels="observed")
-    assert len(passes) == 3  # one more for the check
+    assert len(passes) == 4  # two more for the check
     close(found.gate_fisher, observed(model, batch))
 
 

@@ -243,12 +243,63 @@ class Sorted(nn.Module):
         return self.layer(x[order])[order.argsort()]
 
 
-@pytest.mark.parametrize("size", [2, 3, 6])
-def test_a_network_that_sorts_its_batch_shows_it_on_a_sorted_batch(size: int) -> None:
+@pytest.mark.parametrize(
+    "lengths", [[2, 1], [1, 2], [3, 2, 1], [3, 2, 4], [4, 3, 2, 1]]
+)
+def test_a_network_that_sorts_shows_it_on_a_batch_of_any_order(lengths: Any) -> None:
     net = nets.lora(Sorted(), target_modules=["layer"])
     model = lrvd.models.GateLoRA(net, num_data=6)
-    batch = {"x": torch.randn(size, 5), "lengths": torch.arange(size, 0, -1)}
-    assert "LoRA layer 'layer'" in model.mixed_rows(batch)
+    x = torch.randn(len(lengths), 5)
+    before = x.clone()
+    reason = model.mixed_rows({"x": x, "lengths": torch.tensor(lengths)})
+    assert "LoRA layer 'layer'" in reason and torch.equal(x, before)
+
+
+class Packed(nn.Module):
+    """Takes batches from the longest example to the shortest, and no other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        pack, unpack = (
+            nn.utils.rnn.pack_padded_sequence,
+            nn.utils.rnn.pad_packed_sequence,
+        )
+        x, _ = unpack(pack(x, lengths, batch_first=True), batch_first=True)
+        return self.layer(x.sum(1))
+
+
+class Mapped(nn.Module):
+    """Tensors within a mapping, and a list beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x: Any, lengths: Any = None) -> Tensor:
+        assert lengths is None or lengths == x["mask"].sum(1).tolist()
+        return self.layer(x["ids"])
+
+
+@pytest.mark.parametrize("case", ["packed", "mapped", "list", "words"])
+def test_inputs_that_bear_no_other_order_are_checked_in_their_own(case: str) -> None:
+    ids, mask = torch.randn(3, 5), torch.ones(3, 4).tril(1)
+    x = {"ids": ids, "mask": mask}
+    batch: dict[str, Any]
+    batch = {
+        "packed": {"x": torch.randn(3, 4, 5), "lengths": torch.tensor([4, 3, 1])},
+        "mapped": {"x": x},
+        "list": {"x": x, "lengths": mask.sum(1).tolist()},
+        "words": {"x": {"ids": ids.to_sparse()}},
+    }[case]
+    net = nets.lora(
+        Packed() if case == "packed" else Mapped(), target_modules=["layer"]
+    )
+    model = lrvd.models.GateLoRA(net, num_data=3)
+    batch["labels"] = torch.tensor([0, 1, 2])
+    assert model.mixed_rows(batch) == ""
 
 
 def test_examples_keep_their_order_where_a_tensor_has_no_row_for_each() -> None:

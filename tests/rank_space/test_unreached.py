@@ -205,7 +205,10 @@ def test_a_tower_that_the_first_batches_skip_is_waited_for(training: bool) -> No
     model.base_net.train(training)
     words, pixels = torch.randn(4, 5), torch.randn(4, 5)
     state = torch.get_rng_state()
-    for _ in range(5):
+    told = "did not run the parts around 2 LoRA modules: pictures.hidden, pictures.out"
+    with pytest.warns(UserWarning, match=told):
+        model.predictions(x=words)
+    for _ in range(4):
         model.predictions(x=words)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.space.binding.unreached() == ["pictures.hidden", "pictures.out"]
@@ -214,20 +217,60 @@ def test_a_tower_that_the_first_batches_skip_is_waited_for(training: bool) -> No
     assert hooks(model.base_net) == 3  # those that looked at the towers are gone
 
 
+@pytest.mark.filterwarnings("ignore:the first batch did not run:UserWarning")
 def test_a_tower_that_no_batch_reaches_is_named_after_32_passes() -> None:
     model = model_of(Towers(), "embed", "hidden", "out")
+    with torch.no_grad():  # a trained network may predict for words alone
+        for _ in range(40):
+            model.predictions(x=torch.randn(4, 5))
     for _ in range(31):
         model.predictions(x=torch.randn(4, 5))
-    with pytest.raises(RuntimeError, match=r"in 32 forward .*\['pictures.hidden'"):
+    with pytest.raises(RuntimeError, match=r"in 72 forward .*\['pictures.hidden'"):
         model.predictions(x=torch.randn(4, 5))
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_fused_kernels_in_a_part_that_runs_are_named_at_once(training: bool) -> None:
+def test_fused_kernels_in_a_part_that_runs_are_named_at_once(
+    training: bool, compiled: bool
+) -> None:
     model = model_of(FusedPart(), "embed", "hidden", "out")
     model.base_net.train(training)
+    if compiled:
+        model.base_net.compile(backend="eager")
     with pytest.raises(RuntimeError, match=r"in 1 forward .*\['part.hidden'"):
         model.predictions(x=torch.randn(4, 5))
+
+
+class ByMethod(FusedPart):
+    """Calls a method of the part, so that nothing tells that the part runs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part.forward(self.embed(x))
+
+
+def test_a_part_that_only_methods_enter_is_told_of() -> None:
+    model = model_of(ByMethod(), "embed", "hidden", "out").eval()
+    with pytest.warns(
+        UserWarning, match="part.hidden.*fused kernels or methods.*never"
+    ):
+        predict(model, RankDiagonal(model), [{"x": torch.randn(4, 5)}])
+
+
+def test_a_second_look_leaves_buffers_as_they_were() -> None:
+    class Counting(Towers):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor, pixels: Tensor | None = None) -> Tensor:
+            self.count += 1
+            return super().forward(x, pixels)
+
+    model = model_of(Counting(), "embed", "hidden", "out")
+    with pytest.warns(UserWarning, match="did not run the parts"):
+        model.predictions(x=torch.randn(4, 5))
+    assert model.base_net.get_base_model().count == 1
 
 
 @pytest.mark.parametrize("training", [True, False])
