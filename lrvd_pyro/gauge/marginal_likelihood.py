@@ -89,8 +89,9 @@ class Evidence:
         if best == _GRID - 1:
             raise ValueError(
                 f"the evidence has no maximum: it rises until delta = "
-                f"{float(tried[best]):.3g}, as if A and B fitted nothing but noise; "
-                f"train the adapter first, and pass the batches that it was trained on"
+                f"{float(tried[best]):.3g}, as where A and B have learned nothing yet, "
+                f"or the network is certain of every example; train the adapter, and "
+                f"pass the batches that it was trained on"
             )
         fine = torch.linspace(0, 1, _GRID, dtype=torch.double)
         low, high = tried[max(best - 1, 0)], tried[best + 1]
