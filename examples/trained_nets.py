@@ -1,6 +1,7 @@
 """The trained networks of a `small_task`, made once and kept in a folder."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,9 @@ def gate_lora(task: Task, folder: Path, *, estimated: bool = False) -> Pair:
         batches = list(task.train.batches(BATCH, torch.Generator().manual_seed(0)))
 
         def estimate() -> None:
-            found = evidence(model, guide, batches)
-            prior.multiplicity = found.gamma_loo / model.space.size
+            with suppress(ValueError):  # the first epochs may have learned nothing
+                found = evidence(model, guide, batches)
+                prior.multiplicity = found.gamma_loo / model.space.size
 
         between = estimate if estimated else None
         _train(task, model, guide, lrvd.RankELBO(), 0.05, path, between)

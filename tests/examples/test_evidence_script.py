@@ -12,12 +12,16 @@ WORDS = [["bad", "dull", "poor"], ["good", "fine", "great"]]
 
 
 def write(folder: Path) -> None:
-    rows = [
-        f"the {word} {noun} of {day}\t{label}"
+    texts = [
+        (f"the {word} {noun} of {day}", label)
         for label, words in enumerate(WORDS)
         for word in words
         for noun in ("film", "book", "song")
         for day in ("monday", "friday", "sunday")
+    ]
+    # A fourth is wrong: the evidence has no maximum where a network is certain of all.
+    rows = [
+        f"{text}\t{(label + (i % 4 == 0)) % 2}" for i, (text, label) in enumerate(texts)
     ]
     folder.mkdir()
     for name in ("train.tsv", "dev.tsv"):
@@ -31,8 +35,16 @@ def test_every_part_runs_once_and_the_table_has_all_rows_and_their_differences(
     torch.set_default_dtype(torch.float32)
     monkeypatch.syspath_prepend(ROOT / "examples")
     task = importlib.import_module("small_task")
-    for name, value in {"DEV": 12, "TEST": 16, "EPOCHS": 2}.items():
+    for name, value in {
+        "DEV": 12,
+        "TEST": 16,
+        "EPOCHS": 8,
+        "BATCH": 8,
+        "LR": 5e-3,
+    }.items():
         monkeypatch.setattr(task, name, value)
+    # Of so few texts, the KL would leave the weights nothing.
+    monkeypatch.setattr(importlib.import_module("trained_nets"), "FACTOR_KL", 0.0)
     evidence = importlib.import_module("benchmarks.evidence")
     tables = importlib.import_module("benchmarks.evidence_table")
     parts = importlib.import_module("benchmarks.evidence_rows").PARTS
