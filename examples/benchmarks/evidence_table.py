@@ -5,8 +5,9 @@
 
 prints a table of the data set's lines in results/evidence.jsonl. Below it are the
 differences of NLL of the default, GateLoRA scaled and linearized, to each other row.
-The NLL of a text is averaged over seeds, and texts are resampled 10,000 times. The
-intervals hold 95% of these; they know of the test set's chance, not of training's.
+The NLL of a text is averaged over the seeds that both rows have, and texts are
+resampled 10,000 times. The intervals hold 95% of these; they know of the test set's
+chance, not of training's.
 """
 
 import argparse
@@ -41,13 +42,14 @@ def table(lines: list[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
-def nlls(files: Iterable[Path], labels: Tensor) -> dict[str, Tensor]:
-    """The NLL of each text under each row, averaged over seeds."""
-    found: dict[str, list[Tensor]] = {}
+def nlls(files: Iterable[Path], labels: Tensor) -> dict[str, dict[str, Tensor]]:
+    """The NLL of each text under each row, by seed."""
+    found: dict[str, dict[str, Tensor]] = {}
     for file in files:
+        seed = file.name.split("-")[3]
         for row, probs in load_file(file).items():
-            found.setdefault(row, []).append(per_datum(probs, labels)["nll"])
-    return {row: torch.stack(each).mean(0) for row, each in found.items()}
+            found.setdefault(row, {})[seed] = per_datum(probs, labels)["nll"]
+    return found
 
 
 def interval(differences: Tensor) -> tuple[float, float, float]:
@@ -65,14 +67,15 @@ def interval(differences: Tensor) -> tuple[float, float, float]:
 def differences(files: Iterable[Path], labels: Tensor) -> str:
     """The NLL of the default less that of each other row."""
     rows = nlls(files, labels)
-    text = [
-        f"| NLL of {DEFAULT}, less that of | mean | 95% interval |",
-        "|---|---|---|",
-    ]
-    for row in rows:
-        if row != DEFAULT:
-            mean, low, high = interval(rows[DEFAULT] - rows[row])
-            text.append(f"| {row} | {mean:+.3f} | [{low:+.3f}, {high:+.3f}] |")
+    ours = rows.pop(DEFAULT)
+    text = [f"| NLL of {DEFAULT}, less that of | seeds | mean | 95% interval |"]
+    text.append("|---" * 4 + "|")
+    for row, theirs in rows.items():
+        if both := sorted(ours.keys() & theirs.keys()):
+            each = torch.stack([ours[seed] - theirs[seed] for seed in both])
+            mean, low, high = interval(each.mean(0))
+            ends = f"[{low:+.3f}, {high:+.3f}]"
+            text.append(f"| {row} | {len(both)} | {mean:+.3f} | {ends} |")
     return "\n".join(text)
 
 
