@@ -36,10 +36,15 @@ def table(lines: list[dict[str, Any]]) -> str:
     text = ["| | seeds | " + " | ".join(COLUMNS) + " |"]
     text.append("|---" * (len(COLUMNS) + 2) + "|")
     for row in mean.index:
-        values = [f"{mean.loc[row, c]:.3f} ± {sd.loc[row, c]:.3f}" for c in SCORES]
+        values = [cell(mean.loc[row, c], sd.loc[row, c]) for c in SCORES]
         values += [f"{mean.loc[row, c]:.0f}" for c in COLUMNS[len(SCORES) :]]
         text.append(f"| {row} | {count[row]} | " + " | ".join(values) + " |")
     return "\n".join(text)
+
+
+def cell(mean: float, sd: float) -> str:
+    """A mean, and the standard deviation if there are several seeds."""
+    return f"{mean:.3f}" if pd.isna(sd) else f"{mean:.3f} ± {sd:.3f}"
 
 
 def nlls(files: Iterable[Path], labels: Tensor) -> dict[str, dict[str, Tensor]]:
