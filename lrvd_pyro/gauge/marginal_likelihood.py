@@ -71,11 +71,6 @@ class Evidence:
     @cached_property
     def precision(self) -> float:
         """delta, the precision of the prior at which the evidence is greatest."""
-        if not (self.sketch.isfinite().all() and self.slopes.isfinite().all()):
-            raise ValueError(
-                "the evidence has no maximum: gradients about A and B are not finite; "
-                "look for NaN in the adapter and in the batches"
-            )
         values, _, _ = self._spectrum
         largest = float(values.max()) if len(values) else 0.0
         if largest == 0:
@@ -127,6 +122,11 @@ class Evidence:
 
         Directions without curvature are left out.
         """
+        if not (self.sketch.isfinite().all() and self.slopes.isfinite().all()):
+            raise ValueError(
+                "the evidence has no maximum: gradients about A and B are not finite; "
+                "look for NaN in the adapter and in the batches"
+            )
         rows = self.sketch.flatten(0, 1).double()
         values, vectors = torch.linalg.eigh(self.scale * (rows.T @ rows))
         kept = values > _NEGLIGIBLE * values[-1]

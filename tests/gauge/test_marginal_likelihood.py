@@ -123,5 +123,6 @@ def test_evidence_without_a_maximum_is_refused() -> None:
     with pytest.raises(ValueError, match="no maximum: the largest eigenvalue.* is 0;"):
         _ = found(0 * design, weights).precision
     for wrong in (design * float("nan"), design / 0):
-        with pytest.raises(ValueError, match="A and B are not finite; look for NaN"):
-            _ = found(wrong, weights).precision
+        for name in ("precision", "gamma", "gamma_loo"):
+            with pytest.raises(ValueError, match="A and B are not finite; look for Na"):
+                getattr(found(wrong, weights), name)
