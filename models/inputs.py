@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lrvd_pyro._compat.torch import tree_leaves, tree_map
-from lrvd_pyro.batches import Batch, batch_size
+from lrvd_pyro.batches import Batch
 
 __all__ = ["Uncopyable", "by_row", "copied", "with_rows"]
 
@@ -72,9 +72,10 @@ def _copy(name: str, value: object, memo: dict[int, Any]) -> object:
         ) from error
 
 
-def with_rows(batch: Batch, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """The batch with ``change`` made to every tensor that has a row per example."""
-    size = batch_size(batch)
+def with_rows(
+    batch: Batch, size: int, change: Callable[[Tensor], Tensor]
+) -> dict[str, Any]:
+    """The batch with ``change`` made to every tensor that has ``size`` rows."""
     changed: dict[str, Any] = tree_map(
         lambda leaf: change(leaf) if by_row(leaf, size) else leaf, dict(batch)
     )

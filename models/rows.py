@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lrvd_pyro._compat.torch import tree_leaves, tree_map
-from lrvd_pyro.models.inputs import by_row
+from lrvd_pyro.models.inputs import by_row, with_rows
 from lrvd_pyro.rank_space.row_check import mixed_rows
 from lrvd_pyro.rank_space.space import RankSpace
 
@@ -79,7 +79,7 @@ class RowCheck:
                 )
                 if not known.reason and _has_rows_alone(usable, examples):
                     with suppress(Exception):  # the network may demand an order
-                        rolled = tree_map(lambda leaf: _rolled(leaf, examples), usable)
+                        rolled = with_rows(usable, examples, lambda t: t.roll(1, 0))
                         known.reason, _ = mixed_rows(
                             space, lambda: predictions(**rolled), examples
                         )
@@ -112,11 +112,6 @@ def _has_rows_alone(inputs: Mapping[str, Any], examples: int) -> bool:
     """Whether all inputs but options are tensors with a row for each example."""
     entries = [value for value in inputs.values() if not _is_option(value)]
     return all(by_row(leaf, examples) for leaf in tree_leaves(entries))
-
-
-def _rolled(leaf: Any, examples: int) -> object:
-    """The last example in front."""
-    return leaf.roll(1, 0) if by_row(leaf, examples) else leaf
 
 
 def _usable(leaf: object) -> object:

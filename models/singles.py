@@ -55,7 +55,8 @@ def separable(model: RankModel, batches: Iterable[Batch]) -> Iterator[Batch]:
 
 def _single(batch: Batch, index: int) -> Batch:
     """One example as a batch."""
-    return with_rows(batch, lambda rows: rows[index : index + 1])
+    size = batch_size(batch)
+    return with_rows(batch, size, lambda rows: rows[index : index + 1])
 
 
 @torch.no_grad()

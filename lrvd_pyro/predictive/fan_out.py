@@ -122,7 +122,7 @@ def trial(model: RankModel, values: Tensor, batch: _Inputs, copies: int) -> str 
         # one gate has every component on, and two turn off one half each.
         half = torch.arange(values.shape[1], device=values.device) % 2
         values = torch.stack([torch.ones_like(half), half, 1 - half]).to(values)
-    few = with_rows(batch, lambda rows: rows[:_TRIAL_EXAMPLES])
+    few = with_rows(batch, batch_size(batch), lambda rows: rows[:_TRIAL_EXAMPLES])
     try:
         expected, equal = looped(model, values, few), values[[1, 1, 1]]
         error = _error(fanned_out(model, values, few, copies), expected)
@@ -189,7 +189,7 @@ def _stacked(model: RankModel, values: Tensor, batch: _Inputs) -> Tensor:
     if len(values) == 1:
         return _bound(model, values[0], batch)[None]
     copies, size = len(values), batch_size(batch)
-    rows = with_rows(batch, lambda t: t.repeat(copies, *[1] * (t.dim() - 1)))
+    rows = with_rows(batch, size, lambda t: t.repeat(copies, *[1] * (t.dim() - 1)))
     output = _bound(model, values.repeat_interleave(size, 0), rows)
     return output.view(copies, size, *output.shape[1:])
 
