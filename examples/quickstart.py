@@ -163,7 +163,7 @@ def with_noise_by_evidence(
     began = time.perf_counter()
     noisy = RankDiagonal(model)
     noisy.load_state_dict(guide.state_dict())
-    batches = list(task.train.batches(size, torch.Generator().manual_seed(0)))
+    batches = task.train.grouped(size)
     try:
         lrvd.gauge.noise_by_evidence(model, noisy, batches, progress=True)
     except ValueError as error:

@@ -150,6 +150,10 @@ class Encoded:
         for i in torch.randperm(len(batches), generator=generator):
             yield self._pick(batches[i])
 
+    def grouped(self, size: int) -> list[Batch]:
+        """All batches once, texts of like length together, always in the same order."""
+        return list(self.batches(size, torch.Generator().manual_seed(0)))
+
     def in_order(self, size: int = 64, *, labels: bool = False) -> list[Batch]:
         """All batches in the order of the data, without labels unless asked for."""
         batches = [self._pick(rows) for rows in torch.arange(len(self)).split(size)]

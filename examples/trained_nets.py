@@ -5,7 +5,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from pyro.infer import SVI
 from small_task import BATCH, LR, Task, logits, train_lora
@@ -49,11 +48,10 @@ def gate_lora(task: Task, folder: Path, *, estimated: bool = False) -> Pair:
         prior = LogUniform()
         model = GateLoRA(task.net(), prior=prior, num_data=len(task.train))
         guide = RankDiagonal(model)
-        batches = list(task.train.batches(BATCH, torch.Generator().manual_seed(0)))
 
         def estimate() -> None:
             with suppress(ValueError):  # the first epochs may have learned nothing
-                found = evidence(model, guide, batches)
+                found = evidence(model, guide, task.train.grouped(BATCH))
                 prior.multiplicity = found.gamma_loo / model.space.size
 
         between = estimate if estimated else None

@@ -15,14 +15,13 @@ has. The folder keeps trained networks, and the probabilities of each text.
 
 import argparse
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from benchmarks.evidence_rows import PARTS, Bench, Row
-from benchmarks.measuring import versions
+from benchmarks.measuring import append
 from safetensors.torch import save_file
 from small_task import TRAIN, R, Task, scored
 from text_data import Encoded
@@ -55,12 +54,6 @@ def rows_of(part: str, bench: Bench) -> list[Row]:
             raise
         print(f"{part} ends after {len(rows)} rows: {error}")
     return rows
-
-
-def record(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Append to a JSON lines file."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.writelines(json.dumps(each) + "\n" for each in lines)
 
 
 def recorded(path: Path) -> list[dict[str, Any]]:
@@ -96,8 +89,10 @@ def main(argv: list[str] | None = None) -> None:
             rows = rows_of(part, bench)
             probs = {row.name: row.test.probs.float().contiguous() for row in rows}
             save_file(probs, task.path(options.trained, f"{part}.safetensors"))
-            lines = [own | line(row, task.test.labels) | versions() for row in rows]
-            record(options.out, lines)
+            lines = [own | line(row, task.test.labels) for row in rows]
+            words = " ".join(f"--{name} {value}" for name, value in setting.items())
+            command = f"evidence.py {words} --seeds {seed} --parts {part}"
+            append(lines, options.out, command)
 
 
 if __name__ == "__main__":

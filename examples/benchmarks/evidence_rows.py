@@ -69,9 +69,8 @@ class Bench:
 
     @property
     def batches(self) -> list[Batch]:
-        """The training set, texts of like length together."""
-        order = torch.Generator().manual_seed(0)
-        return list(self.task.train.batches(BATCH, order))
+        """The training set."""
+        return self.task.train.grouped(BATCH)
 
     def start(self, made: Made) -> Made:
         """Begin a row, after what it starts from has been trained or loaded."""
@@ -228,9 +227,9 @@ def by_draws(bench: Bench, noise: Noise) -> Iterator[Row]:
 def estimated(bench: Bench) -> Iterator[Row]:
     """GateLoRA trained at the multiplicity that the evidence finds after each epoch."""
     pair = bench.start(gate_lora(bench.task, bench.folder, estimated=True))
-    for method in METHODS:
-        yield from bench.posterior("GateLoRA, multiplicity by evidence", pair, method)
     name = "GateLoRA, multiplicity by evidence"
+    for method in METHODS:
+        yield from bench.posterior(name, pair, method)
     yield from bench.evident(name, pair, "scaled")
 
 
