@@ -219,3 +219,29 @@ def texts(size: int = EXAMPLES) -> Batch:
 def single(batch: Batch, index: int) -> Batch:
     """One example as a batch."""
     return {name: value[index : index + 1] for name, value in batch.items()}
+
+
+class TimeFirst(nn.Module):
+    """Its layer has the sequence first; some choices are absent."""
+
+    def __init__(self, absent: float) -> None:
+        super().__init__()
+        self.layer, self.absent = nn.Linear(5, 3), absent
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = self.layer(x.transpose(0, 1)).mean(0)
+        return logits + torch.tensor([0.0, 0.0, self.absent])
+
+
+class Either(nn.Module):
+    """An option decides the layout, and so does the number of dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, time_first: bool = False) -> Tensor:
+        if time_first or x.dim() == 4:
+            x = x.flatten(1, -2)
+            return self.layer(x.transpose(0, 1)).mean(0)
+        return self.layer(x).mean(1)

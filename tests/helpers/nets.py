@@ -221,3 +221,20 @@ def refused(space: RankSpace, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         with space.bind(torch.ones(space.size)):
             pytest.fail("entered")
+
+
+def rows(size: int = 6) -> dict[str, Tensor]:
+    """A batch for `perceptron`."""
+    return {"x": torch.randn(size, 5), "labels": torch.arange(size) % 3}
+
+
+class TwoExperts(nn.Module):
+    """Only batches with a positive sum go to the second expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(5, 3) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.experts[0](x)
+        return y + self.experts[1](x) if x.sum() > 0 else y
