@@ -52,7 +52,7 @@ def options(description: str) -> argparse.ArgumentParser:
     add("--batch", type=whole, default=32, help="examples a step; 32")
     add("--lr", type=rate, default=4e-3, help="learning rate, falling to 0; 0.004")
     add("--samples", type=whole, default=8, help="draws of a prediction; 8")
-    add("--draws", type=draws, default=500, help="draws for ArviZ; 500")
+    add("--draws", type=draws, default=1000, help="draws for ArviZ; 1,000")
     add("--seed", type=int, default=0, help="of split, head and noise; 0")
     add("--device", type=device, default="cpu", help="torch device; cpu")
     return parser

@@ -40,7 +40,7 @@ class Posterior(NamedTuple):
     noisy: RankDiagonal
 
 
-ARVIZ_TEXTS = 64  # of train and of test
+ARVIZ_TEXTS = 32  # of train and of test
 
 
 def write(

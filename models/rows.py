@@ -81,7 +81,10 @@ class RowCheck:
                     with suppress(Exception):  # the network may demand an order
                         rolled = with_rows(usable, examples, lambda t: t.roll(1, 0))
                         known.reason, _ = mixed_rows(
-                            space, lambda: predictions(**rolled), examples
+                            space,
+                            lambda: predictions(**rolled),
+                            examples,
+                            neighbors=True,
                         )
             known.unseen -= seen
             known.passes += 1

