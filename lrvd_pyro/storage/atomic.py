@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 __all__ = [
     "AnyPath",
+    "read_folder",
     "read_json",
     "read_tensors",
     "recover",
@@ -64,34 +65,46 @@ def recover(path: AnyPath) -> None:
         os.replace(_previous(target), target)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+def read_folder(path: Path, names: Collection[str]) -> dict[str, bytes]:
+    """Read the files of a folder.
 
     Raises:
-        ValueError: If the file is missing or is not a JSON object.
+        ValueError: If a file is missing.
     """
-    _require(path)
+    for name in names:
+        _require(path / name)
+    return {name: (path / name).read_bytes() for name in names}
+
+
+def read_json(path: Path, content: bytes) -> dict[str, Any]:
+    """Give the JSON object in a file's content.
+
+    Raises:
+        ValueError: If it is not a JSON object, or holds NaN or infinity.
+    """
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"it holds {constant}, which is no JSON")
+
     try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
+        found = json.loads(content, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, "JSON", error) from error
-    if not isinstance(content, dict):
-        reason = f"it is a {type(content).__name__}"
+    if not isinstance(found, dict):
+        reason = f"it is a {type(found).__name__}"
         raise _damaged(path, "a JSON object", reason)
-    return content
+    return found
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file to the CPU, independent of the file.
+def read_tensors(path: Path, content: bytes) -> dict[str, Tensor]:
+    """Give the tensors in the content of a safetensors file, on the CPU.
 
     Raises:
-        ValueError: If the file is missing, truncated or something else.
+        ValueError: If it is truncated or something else.
     """
-    _require(path)
     try:
-        # Safetensors may map the file into memory; a clone is independent of it.
-        return {name: value.clone() for name, value in load_file(path).items()}
-    except SafetensorError as error:
+        return safetensors.torch.load(content)
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise _damaged(path, "safetensors", error) from error
 
 

@@ -1,5 +1,7 @@
 """``lrvd_config.json``: the words and numbers that a folder stores of its model."""
 
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,21 @@ from lrvd_pyro.rank_space.center import center_of
 from lrvd_pyro.rank_space.constant import is_frozen_bias
 from lrvd_pyro.storage.atomic import read_json
 from lrvd_pyro.storage.fingerprint import fingerprint
-from lrvd_pyro.storage.peft_files import live_config, plain_name
+from lrvd_pyro.storage.hashes import CONFIG, check_hashes
+from lrvd_pyro.storage.peft_files import ADAPTER_CONFIG, live_config, plain_name
+from lrvd_pyro.storage.schema import (
+    Misfit,
+    anything,
+    flag,
+    list_of,
+    number,
+    optional,
+    record,
+    short,
+    table_of,
+    text,
+    whole,
+)
 from lrvd_pyro.storage.spec import describe
 
 __all__ = ["Parts", "Tensors", "config_of", "joined", "parted", "read_config"]
@@ -25,10 +41,37 @@ __all__ = ["Parts", "Tensors", "config_of", "joined", "parted", "read_config"]
 Tensors = dict[str, Tensor]  # by name
 Parts = dict[str, Tensors]  # by "net", "model", "prior", "likelihood" or "guide"
 
-_FORMAT = 2
-_KEYS = {"adapter", "base", "centered", "constant_biases", "constants", "frozen"}
-_KEYS |= {"guide", "likelihood", "model", "modules", "num_data", "origin", "prior"}
-_KEYS |= {"ranks", "scalings", "use_rslora", "versions"}
+_FORMAT = 3
+_HASHED = 3  # the first format with hashes of the files
+_MOST_LAYERS = 10_000
+
+_described = record(
+    {"name": text, "builtin": flag, "arguments": table_of(anything)}, more=True
+)
+_sketch = record({"dtype": text, "shape": list_of(whole(0)), "values": list_of(number)})
+_checked = record(
+    {
+        "adapter": text,
+        "base": table_of(_sketch),
+        "centered": flag,
+        "constant_biases": flag,
+        "constants": table_of(number),
+        "frozen": list_of(text),
+        "layer_replication": optional(list_of(list_of(whole(0)))),
+        "guide": _described,
+        "likelihood": _described,
+        "model": _described,
+        "modules": list_of(text),
+        "num_data": number,
+        "origin": list_of(whole(0)),
+        "prior": optional(_described),
+        "ranks": list_of(whole(1)),
+        "scalings": list_of(number),
+        "use_rslora": flag,
+        "versions": table_of(text),
+    },
+    more=True,
+)
 
 
 def config_of(model: RankModel, guide: nn.Module, parts: Parts) -> dict[str, Any]:
@@ -57,37 +100,92 @@ def config_of(model: RankModel, guide: nn.Module, parts: Parts) -> dict[str, Any
         "constant_biases": is_frozen_bias(space.layers[0].lora_B[space.adapter]),
         "constants": {n: m.scaling[space.adapter] for n, m in space.constants.items()},
         "use_rslora": live_config(model).use_rslora,
+        "layer_replication": live_config(model).layer_replication,
         "origin": space.origin,
         "frozen": [name for name, t in joined(parts).items() if _is_frozen(t)],
         "base": fingerprint(net, {plain_name(name) for name in parts["net"]}),
     }
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """Read the config of a folder and bring it to the present format.
+def read_config(folder: Path, files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Read and check the config of a folder, in the present format.
+
+    Args:
+        folder: The folder, for messages.
+        files: The contents of all its files, by name, of which the hashes are checked.
 
     Raises:
-        ValueError: If the file is missing, is damaged, has a newer format or lacks an
-            entry.
+        ValueError: If the config is damaged, has a newer format, or an entry is not as
+            expected; or if a file has another hash.
+
+    Warns:
+        UserWarning: If a folder of an earlier version has no hashes.
     """
-    config = read_json(path)
-    number = config.get("format")
-    if not isinstance(number, int) or number > _FORMAT:
-        writer = config.get("versions", {}).get("lrvd_pyro")
+    path = folder / CONFIG
+    config = read_json(path, files[CONFIG])
+    version = config.get("format")
+    if type(version) is not int or not 1 <= version <= _FORMAT:
+        versions = config.get("versions")
+        writer = versions.get("lrvd_pyro") if isinstance(versions, dict) else None
         raise ValueError(
-            f"{path} has format {number!r}, written by lrvd_pyro {writer}; this is "
-            f"lrvd_pyro {__version__}, which reads formats up to {_FORMAT}: "
-            f"pip install -U lrvd_pyro"
+            f"{path} has format {short(version)}, written by lrvd_pyro "
+            f"{short(writer)}; this is lrvd_pyro {__version__}, which reads formats 1 "
+            f"to {_FORMAT}: pip install -U lrvd_pyro"
         )
-    if number == 1:
-        config = _from_format_1(config)
-    missing = sorted(_KEYS - config.keys())
-    if missing or not {"name", "builtin", "arguments"} <= set(config["model"]):
+    if version >= _HASHED or {"hash", "hashes"} & config.keys():
+        others = {name: content for name, content in files.items() if name != CONFIG}
+        check_hashes(folder, config, others)
+    else:
+        warnings.warn(
+            f"{folder} was written by an earlier version, without hashes of its files: "
+            f"damage may go unseen; write it again: save(path, model, guide)",
+            stacklevel=3,
+        )
+    try:
+        if version == 1:
+            config = _from_format_1(config)
+        if version < _HASHED:  # PEFT's own file alone has it
+            config["layer_replication"] = _replication(files)
+        _checked(config, "")
+        _check_together(config)
+    except Misfit as error:
         raise ValueError(
-            f"{path} lacks {missing} or the model's name and arguments; write the "
-            f"folder again: save(path, model, guide)"
-        )
+            f"{path}: {error}; write the folder again: save(path, model, guide)"
+        ) from None
     return config
+
+
+def _replication(files: Mapping[str, bytes]) -> object:
+    stored = read_json(Path(ADAPTER_CONFIG), files[ADAPTER_CONFIG])
+    return stored.get("layer_replication")
+
+
+def _check_together(config: Mapping[str, Any]) -> None:
+    """Raise a Misfit unless entries about the same modules and ranks agree."""
+    modules, ranks = config["modules"], config["ranks"]
+    names = [*modules, *config["constants"]]
+    if len({*names}) < len(names) or not modules:
+        expected = "one or more modules, each once, here or under 'constants'"
+        raise Misfit("modules", modules, expected)
+    for entry in ("ranks", "scalings"):
+        if len(config[entry]) != len(modules):
+            expected = f"one for each of the {len(modules)} modules"
+            raise Misfit(entry, config[entry], expected)
+    origin = config["origin"]
+    if len(origin) != sum(ranks) or len({*origin}) < len(origin):
+        expected = f"{sum(ranks)} different numbers, one for each rank component"
+        raise Misfit("origin", origin, expected)
+    if not config["adapter"] or "." in config["adapter"]:
+        raise Misfit("adapter", config["adapter"], "a name without a dot")
+    for span in config["layer_replication"] or ():
+        if len(span) != 2 or not span[0] < span[1] <= _MOST_LAYERS:
+            raise Misfit("layer_replication", span, "the first layer and the last + 1")
+    for name in names:
+        # PEFT reads names as regular expressions.
+        if not re.fullmatch(r"[\w.]+", name):
+            raise Misfit("modules", name, "names of modules")
+    if config["num_data"] <= 0:
+        raise Misfit("num_data", config["num_data"], "a positive number")
 
 
 def joined(parts: Parts) -> Tensors:
@@ -121,7 +219,8 @@ def _from_format_1(config: Mapping[str, Any]) -> dict[str, Any]:
     argument = "weight_prior" if gated else "sides"
     arguments = {argument: new.pop(argument, None)}
     new["model"] = {"name": new.get("model"), "builtin": True, "arguments": arguments}
-    guide = {"name": None, **new.get("guide", {})}
+    _described(new.get("guide"), "guide")
+    guide = {**new["guide"]}
     if guide["name"] == "TiedDiagonal":  # has lost this argument
         guide["arguments"] = {
             name: value

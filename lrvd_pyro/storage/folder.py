@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from torch import nn
 
 from lrvd_pyro import likelihoods, priors
@@ -30,6 +29,7 @@ from lrvd_pyro.priors import Prior
 from lrvd_pyro.rank_space.center import center_at
 from lrvd_pyro.storage.atomic import (
     AnyPath,
+    read_folder,
     read_json,
     read_tensors,
     recover,
@@ -46,6 +46,9 @@ from lrvd_pyro.storage.config import (
 )
 from lrvd_pyro.storage.export import plain_adapter
 from lrvd_pyro.storage.fingerprint import check_base
+from lrvd_pyro.storage.fit import check_fit, unlike
+from lrvd_pyro.storage.hashes import CONFIG, seal
+from lrvd_pyro.storage.peft_config import read_adapter_config
 from lrvd_pyro.storage.peft_files import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -54,10 +57,13 @@ from lrvd_pyro.storage.peft_files import (
     write_adapter,
     write_tensors,
 )
+from lrvd_pyro.storage.schema import some
+from lrvd_pyro.storage.transaction import told_of, unchanged_on_error
 
 __all__ = ["load", "save"]
 
-_CONFIG, _POSTERIOR = "lrvd_config.json", "lrvd_posterior.safetensors"
+_POSTERIOR = "lrvd_posterior.safetensors"
+_FILES = (CONFIG, _POSTERIOR, ADAPTER_CONFIG, ADAPTER)
 
 
 def save(path: AnyPath, model: RankModel, guide: nn.Module) -> Path:
@@ -102,10 +108,11 @@ def save(path: AnyPath, model: RankModel, guide: nn.Module) -> Path:
     adapter = plain_adapter(model, guide, drop=False)
     parts = _parts(model, guide)
     config = json.dumps(config_of(model, guide, parts), indent=2)
-    with written_whole(path, {ADAPTER_CONFIG, ADAPTER, _CONFIG, _POSTERIOR}) as folder:
+    with written_whole(path, _FILES) as folder:
         write_adapter(folder, *adapter, model.base_net)
         write_tensors(folder / _POSTERIOR, joined(parts))
-        (folder / _CONFIG).write_text(config)
+        (folder / CONFIG).write_text(config)
+        seal(folder)
     return Path(path)
 
 
@@ -158,10 +165,16 @@ def load(
     """
     recover(path)
     folder = Path(path)
-    config = read_config(folder / _CONFIG)
-    saved = parted(read_tensors(folder / _POSTERIOR), config["format"])
-    adapter_config = _read_adapter_config(folder)
+    files = read_folder(folder, _FILES)
+    config = read_config(folder, files)
+    tensors = read_tensors(folder / _POSTERIOR, files[_POSTERIOR])
+    saved = parted(tensors, config["format"])
+    stored = read_json(folder / ADAPTER_CONFIG, files[ADAPTER_CONFIG])
+    adapter_config = read_adapter_config(
+        folder / ADAPTER_CONFIG, stored, config["layer_replication"]
+    )
     check_base(folder, net, config, saved["net"])
+    check_fit(folder, config, saved["net"], net)
     given: dict[str, Any] = {
         "prior": build(folder, config, "prior", prior, priors),
         "likelihood": build(folder, config, "likelihood", likelihood, likelihoods),
@@ -169,7 +182,8 @@ def load(
     given = {name: part for name, part in given.items() if part is not None}
     if weight_prior is not None:
         given["weight_prior"] = weight_prior
-    with adapted(net, config, adapter_config) as peft_net:
+    with unchanged_on_error(net), told_of(folder):
+        peft_net = adapted(net, config, adapter_config)
         loaded = build_model(folder, config, model, peft_net, given)
         loaded.space.origin = tuple(config["origin"])
         if config["centered"]:
@@ -206,32 +220,14 @@ def _state(module: object) -> Tensors:
     return state
 
 
-def _read_adapter_config(folder: Path) -> LoraConfig:
-    stored = read_json(folder / ADAPTER_CONFIG)
-    if stored.get("peft_type") != "LORA":
-        raise ValueError(
-            f"{folder / ADAPTER_CONFIG} is of type {stored.get('peft_type')!r}; "
-            f"expected 'LORA': write the folder again, save(path, model, guide)"
-        )
-    config: LoraConfig = LoraConfig.from_pretrained(str(folder))
-    return config
-
-
 def _restore(folder: Path, parts: Parts, saved: Parts, frozen: set[str]) -> None:
     """Give the tensors the saved values; every check comes before the first write."""
     present, stored = joined(parts), joined(saved)
-    missing, more = present.keys() - stored.keys(), stored.keys() - present.keys()
-    unlike = {
-        name: (list(stored[name].shape), list(tensor.shape))
-        for name, tensor in present.items()
-        if name in stored and stored[name].shape != tensor.shape
-    }
-    if missing or more or unlike:
+    if wrong := unlike(stored, present):
         raise ValueError(
-            f"{folder / _POSTERIOR} does not fit this model and guide: it lacks "
-            f"{sorted(missing)}, also has {sorted(more)}, and these shapes (saved, "
-            f"expected) differ: {unlike}; pass net, prior, likelihood and guide as "
-            f"they were saved"
+            f"{folder / _POSTERIOR} does not fit this model and guide: {some(wrong)}; "
+            f"pass net, prior, likelihood and guide as they were saved, or write the "
+            f"folder again: save(path, model, guide)"
         )
     for name, tensor in present.items():
         # By .data, for the precision that was saved: copy_ would keep the present one.

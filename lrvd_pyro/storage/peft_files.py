@@ -1,8 +1,7 @@
 """An adapter in PEFT's own terms: its names, its config, its files."""
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -113,13 +112,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file(copies, path, metadata={"format": "pt"})
 
 
-@contextmanager
-def adapted(
-    net: nn.Module, config: Mapping[str, Any], stored: LoraConfig
-) -> Iterator[PeftModel]:
+def adapted(net: nn.Module, config: Mapping[str, Any], stored: LoraConfig) -> PeftModel:
     """Add a new adapter to a network, at the saved ranks and scalings.
-
-    If the block fails, the network is without the adapter again.
 
     Args:
         net: The base network, without PEFT.
@@ -138,23 +132,16 @@ def adapted(
     lora.base_model_name_or_path = None
     # PEFT makes a bias that trains; constant biases are given below.
     lora.lora_bias = stored.lora_bias and not config["constant_biases"]
-    trainable = [p for p in net.parameters() if p.requires_grad]
     peft_net = get_peft_model(net, lora, config["adapter"])
-    try:
-        for name, scaling in scalings.items():
-            layer: Any = peft_net.get_submodule(PREFIX + name)
-            # alpha / r rounds; the saved scaling keeps predictions bit for bit.
-            layer.scaling[config["adapter"]] = scaling
-            if config["constant_biases"]:
-                give_bias(layer, config["adapter"])
-            if name in config["constants"]:
-                hold_constant(layer, config["adapter"])
-        yield peft_net
-    except BaseException:
-        peft_net.unload()
-        for parameter in trainable:  # get_peft_model has frozen them
-            parameter.requires_grad_(True)
-        raise
+    for name, scaling in scalings.items():
+        layer: Any = peft_net.get_submodule(PREFIX + name)
+        # alpha / r rounds; the saved scaling keeps predictions bit for bit.
+        layer.scaling[config["adapter"]] = scaling
+        if config["constant_biases"]:
+            give_bias(layer, config["adapter"])
+        if name in config["constants"]:
+            hold_constant(layer, config["adapter"])
+    return cast(PeftModel, peft_net)
 
 
 def _whole(alpha: float) -> float:

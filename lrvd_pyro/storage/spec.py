@@ -7,6 +7,7 @@ else is ever looked up by name, so a description from a stranger is safe to read
 """
 
 import inspect
+import math
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from lrvd_pyro import distributions, guides, models
+from lrvd_pyro.storage.schema import short
 
 __all__ = ["Unstorable", "builtin_classes", "decode", "describe", "encode"]
 
@@ -99,19 +101,27 @@ def decode(value: object) -> Any:
 
     Raises:
         Unstorable: If the argument was stored by its name alone.
-        ValueError: If a name is not that of a known distribution.
+        ValueError: If a name is not that of a known distribution, or an argument of
+            one is not a number.
     """
     if isinstance(value, list):
         return tuple(decode(element) for element in value)
     if not isinstance(value, dict):
         return value
-    keywords = {key: decode(v) for key, v in value.get("keywords", {}).items()}
+    stored = value.get("keywords", {})
+    if not isinstance(stored, dict):
+        raise ValueError(f"keywords {short(stored)}; expected a dict")
+    keywords = {key: decode(v) for key, v in stored.items()}
     if "class" in value:
         return _find(value["class"])
     if "partial" in value:
-        return partial(_find(value["partial"]), *decode(value["args"]), **keywords)
+        cls, args = _find(value["partial"]), decode(value.get("args"))
+        _check_parameters(cls, args, keywords)
+        return partial(cls, *args, **keywords)
     if "instance" in value:
-        return _find(value["instance"])(**keywords)
+        cls = _find(value["instance"])
+        _check_parameters(cls, (), keywords)
+        return cls(**keywords)
     raise Unstorable(value.get("unstorable", value))
 
 
@@ -134,7 +144,28 @@ def _distribution(cls: object) -> str | None:
     return home and f"{home}.{cls.__name__}"
 
 
-def _find(full_name: str) -> Any:
+def _check_parameters(cls: Any, args: object, keywords: dict[str, Any]) -> None:
+    """Raise a ValueError unless these are parameters, each a number.
+
+    Other arguments may be sizes: `LKJCholesky` of a huge ``dim`` takes all memory.
+    """
+    constraints = getattr(cls, "arg_constraints", None)
+    names = {*constraints} if isinstance(constraints, dict) else set()
+    numbers = [*args, *keywords.values()] if isinstance(args, tuple) else [None]
+    if not keywords.keys() <= names or not all(map(_is_number, numbers)):
+        raise ValueError(
+            f"{cls.__name__} of {short([args, keywords])}; expected numbers, for "
+            f"parameters among {sorted(names)}"
+        )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _find(full_name: object) -> Any:
+    if not isinstance(full_name, str):
+        raise ValueError(f"{short(full_name)} is no name; expected a distribution's")
     home, _, name = full_name.rpartition(".")
     cls = getattr(_HOMES.get(home), name, None)
     if _distribution(cls) is None:

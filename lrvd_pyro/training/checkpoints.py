@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import pyro
 import torch
 from torch import nn
 
@@ -13,14 +14,17 @@ from lrvd_pyro.inference.elbo import RankELBO
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.optim import Optimizer
 from lrvd_pyro.selection.removal import select
+from lrvd_pyro.storage.transaction import told_of, unchanged_on_error
 from lrvd_pyro.training import tree_file
 from lrvd_pyro.training.kinds import Stateful, check_kinds, kinds_of, listed
+from lrvd_pyro.training.moments import check_moments
 from lrvd_pyro.training.optimizer_state import (
     check_optimizer,
     load_optimizer,
     optimizer_state,
 )
 from lrvd_pyro.training.random_state import random_state, set_random_state
+from lrvd_pyro.training.run_state import check_form, check_tensors
 from lrvd_pyro.training.sampler import ResumableSampler
 from lrvd_pyro.training.tensors import (
     Layout,
@@ -169,9 +173,16 @@ def resume(
     state, version = tree_file.read(path)
     if version == 1:
         state = _from_version_1(state)
-    check_kinds(path, state["kinds"], kinds)
+    schedules = listed(schedule)
+    check_kinds(path, state, kinds)
+    check_form(path, state, elbo=elbo, sampler=sampler, schedules=schedules)
     layout: Layout = state["layout"]
-    with room_for_centers(model, layout):
+    check_tensors(path, state["tensors"], layout)
+    check_moments(path, optimizer, layout, state["optimizer"])
+    run = model, guide, optimizer, elbo, sampler, schedules, pyro.get_param_store()
+    values = stored_tensors(model, guide).values()
+    with unchanged_on_error(*run, values=values), told_of(path):
+        room_for_centers(model, layout)
         present = stored_tensors(model, guide)
         keep = ranks_left(path, model, state["ranks"])
         staying = check_layout(path, model, guide, keep, present, layout)
@@ -184,20 +195,19 @@ def resume(
             sampler.check(state["sampler"])
         if not keep.all():
             select(model, cast(RankGuide, guide), optimizer, keep=keep)
-    # Every check has passed: nothing below fails, so no run is half restored.
-    model.space.origin = state["ranks"]["origin"]
-    with torch.no_grad():
-        # In place, since Pyro's store and the optimizer train these very tensors.
-        for name, tensor in staying.items():
-            tensor.copy_(state["tensors"][name])
-    load_optimizer(optimizer, staying, state["optimizer"])
-    elbo.load_state_dict(state["elbo"])
-    if sampler is not None:
-        sampler.load_state_dict(state["sampler"])
-    for each, saved in zip(listed(schedule), state["schedule"], strict=True):
-        each.load_state_dict(saved)
-    # Last, since a user's own load_state_dict may draw.
-    set_random_state(state["random"])
+        model.space.origin = state["ranks"]["origin"]
+        with torch.no_grad():
+            # In place, since Pyro's store and the optimizer train these very tensors.
+            for name, tensor in staying.items():
+                tensor.copy_(state["tensors"][name])
+        load_optimizer(optimizer, staying, state["optimizer"])
+        elbo.load_state_dict(state["elbo"])
+        if sampler is not None:
+            sampler.load_state_dict(state["sampler"])
+        for each, saved in zip(schedules, state["schedule"], strict=True):
+            each.load_state_dict(saved)
+        # Last, since a user's own load_state_dict may draw.
+        set_random_state(state["random"])
     return state["extra"]
 
 

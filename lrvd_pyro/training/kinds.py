@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lrvd_pyro.inference.elbo import RankELBO
+from lrvd_pyro.storage.schema import Misfit, list_of, record, text
 
 __all__ = ["Stateful", "check_kinds", "kinds_of", "listed"]
 
@@ -64,15 +65,23 @@ def kinds_of(
     return {name: [_kind(each) for each in them] for name, them in objects.items()}
 
 
-def check_kinds(
-    path: Path, saved: Mapping[str, list[str]], present: Mapping[str, list[str]]
-) -> None:
+def check_kinds(path: Path, state: Any, present: Mapping[str, list[str]]) -> None:
     """Raise unless the same kinds of objects are present as were saved.
+
+    Args:
+        path: The checkpoint, for the message.
+        state: Its state.
+        present: The kinds of the objects that are to take it.
 
     Raises:
         ValueError: With the first argument whose kinds differ.
     """
-    for name in saved:
+    saved: Any = state.get("kinds") if isinstance(state, dict) else None
+    try:
+        record(dict.fromkeys(present, list_of(text)))(saved, "kinds")
+    except Misfit as error:
+        raise ValueError(f"{path}: {error}; resume an earlier checkpoint") from None
+    for name in present:
         if saved[name] != present[name]:
             there, here = (", ".join(k[name]) or "None" for k in (saved, present))
             raise ValueError(

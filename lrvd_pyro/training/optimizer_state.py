@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lrvd_pyro.optim import AdamW, Optimizer
-from lrvd_pyro.training.tensors import some
+from lrvd_pyro.storage.schema import some
 
 __all__ = ["check_optimizer", "load_optimizer", "optimizer_state"]
 

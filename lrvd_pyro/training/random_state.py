@@ -1,12 +1,16 @@
 """The state of every global random number generator, as JSON and tensors."""
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-__all__ = ["random_state", "set_random_state"]
+from lrvd_pyro.storage.schema import Misfit, anything, list_of, number, record, text
+
+__all__ = ["check_random_state", "random_state", "set_random_state"]
 
 
 def random_state() -> dict[str, Any]:
@@ -30,3 +34,38 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(saved, device)
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])
+
+
+def check_random_state(state: Any, place: str) -> None:
+    """Accept what `set_random_state` can restore; generators of their own try it."""
+    kinds = {"torch": anything, "cuda": list_of(_bytes), "numpy": list_of(anything)}
+    record(kinds | {"python": list_of(anything)})(state, place)
+    tries: dict[str, Callable[[Any], object]] = {
+        "torch": torch.Generator().set_state,
+        "numpy": _try_numpy,
+        "python": random.Random().setstate,
+    }
+    for name, take in tries.items():
+        try:
+            take(state[name])
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            expected = f"the state of a generator ({error})"
+            raise Misfit(f"{place}[{name!r}]", state[name], expected) from error
+
+
+def _try_numpy(state: Any) -> None:
+    kind, keys, position, has_gauss, cached = state
+    text(kind, "kind")
+    number(cached, "cached")
+    # NumPy reads at this place without a look at it.
+    if type(position) is not int or not 0 <= position <= 624 or has_gauss not in (0, 1):
+        raise ValueError(f"a position of {position!r}")
+    np.random.RandomState().set_state((kind, keys, position, has_gauss, cached))
+
+
+def _bytes(value: object, place: str) -> None:
+    """Accept the state of a CUDA generator: a seed and an offset."""
+    if not (
+        isinstance(value, Tensor) and value.dtype == torch.uint8 and len(value) == 16
+    ):
+        raise Misfit(place, value, "a tensor of 16 bytes")

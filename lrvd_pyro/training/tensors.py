@@ -1,7 +1,6 @@
 """The tensors of a model and its guide by name, and whether saved ones fit them."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from lrvd_pyro.rank_space.removal import Cuts
 from lrvd_pyro.selection.removal import check_pair
 from lrvd_pyro.storage.fingerprint import Fingerprint, differences, fingerprint
 from lrvd_pyro.storage.peft_files import plain_name
+from lrvd_pyro.storage.schema import some
 
 __all__ = [
     "Layout",
@@ -28,7 +28,6 @@ __all__ = [
     "layout_of",
     "ranks_left",
     "room_for_centers",
-    "some",
     "stored_tensors",
 ]
 
@@ -68,23 +67,14 @@ def stored_tensors(model: RankModel, guide: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-@contextmanager
-def room_for_centers(model: RankModel, saved: Layout) -> Iterator[None]:
+def room_for_centers(model: RankModel, saved: Layout) -> None:
     """Give gates that act about 0 a center at 0, if those of the saved run had one.
 
-    The center's buffers can then be restored as any tensor. If the block fails, there
-    is no center again.
+    The center's buffers can then be restored as any tensor.
     """
     had = any(name.endswith(".center") for name in saved)
-    if not had or center_of(model.space):
-        yield
-        return
-    center_at(model.space, torch.zeros(model.space.size))
-    try:
-        yield
-    except BaseException:
-        center_at(model.space, None)
-        raise
+    if had and not center_of(model.space):
+        center_at(model.space, torch.zeros(model.space.size))
 
 
 def layout_of(
@@ -166,6 +156,7 @@ def check_layout(
         cuts, leaving, freezing = _removal(model, rank_guide, keep)
     staying = {name: t for name, t in present.items() if t not in leaving}
     here = layout_of(staying, cuts, freezing)
+    saved = {name: (d, tuple(shape), t) for name, (d, shape, t) in saved.items()}
     if names := [n for n in saved | here if here.get(n) != saved.get(n)]:
         unlike = (f"{n} {saved.get(n)}, here {here.get(n)}" for n in names)
         raise ValueError(
@@ -193,12 +184,6 @@ def check_base(path: Path, model: RankModel, saved: Fingerprint) -> None:
             f"{path} was trained on another base: {some(unlike)}. Make net on that one,"
             f" by the same from_pretrained(...), and call resume again"
         )
-
-
-def some(items: Iterable[str]) -> str:
-    """Join the first three, and say how many more there are."""
-    first, rest = (them := [*items])[:3], len(them) - 3
-    return "; ".join(first) + (f"; and {rest} more" if rest > 0 else "")
 
 
 def _removal(

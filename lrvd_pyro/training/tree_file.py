@@ -4,12 +4,16 @@ The tensors are tensors of the file; everything else is JSON in its header. Noth
 ever looked up by name or run, so a file from a stranger is safe to read.
 """
 
+import hashlib
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,7 +23,7 @@ __all__ = ["FORMAT", "read", "write"]
 
 FORMAT = "lrvd_pyro checkpoint"
 
-_VERSION = 2
+_VERSION, _HASHED = 3, 3  # the present format, and the first with a hash
 
 
 def write(path: Path, tree: object) -> None:
@@ -38,6 +42,7 @@ def write(path: Path, tree: object) -> None:
     tensors: dict[str, Tensor] = {}
     content = json.dumps(_pack(tree, tensors))
     header = {"format": FORMAT, "version": str(_VERSION), "content": content}
+    header["hash"] = _hash(content, tensors)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -62,18 +67,67 @@ def read(path: Path) -> tuple[Any, int]:
             f"no checkpoint at {path}; expected a file that checkpoint(path, ...) "
             f"wrote. Where a run may be new: if path.exists(): resume(path, ...)"
         )
+    content = path.read_bytes()  # once: another process may replace the file
     try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            _check_format(path, header)
-            # Safetensors may map the file into memory; a clone is independent of it.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-        return _unpack(json.loads(header["content"]), tensors), int(header["version"])
-    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
-        raise ValueError(
-            f"{path} is damaged: {error}; expected the whole file that checkpoint(path,"
-            f" ...) wrote. Copy it again, or resume an earlier one"
-        ) from error
+        header = _header(content)
+        version = _version(path, header)
+        tensors = load_tensors(content)
+        _check_hash(path, version, header, tensors)
+        return _unpack(json.loads(header["content"]), tensors), version
+    except (SafetensorError, LookupError, TypeError, RecursionError, _Damage) as error:
+        raise _damaged(path, error) from error
+    except json.JSONDecodeError as error:
+        raise _damaged(path, error) from error
+
+
+class _Damage(Exception):
+    """What is wrong with a file's bytes."""
+
+
+def _damaged(path: Path, reason: object) -> ValueError:
+    return ValueError(
+        f"{path} is damaged: {reason}; expected the whole file that checkpoint(path, "
+        f"...) wrote. Copy it again, or resume an earlier one"
+    )
+
+
+def _header(content: bytes) -> dict[str, str]:
+    """The metadata in a safetensors file: its JSON begins after 8 bytes of length."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    if not 8 < end <= len(content):
+        raise _Damage(f"it has {len(content)} bytes and a header of {end}")
+    try:
+        header = json.loads(content[8:end])
+    except ValueError as error:
+        raise _Damage(f"its header is no JSON: {error}") from error
+    found = header.get("__metadata__", {}) if isinstance(header, dict) else {}
+    if not isinstance(found, dict) or not all(
+        isinstance(v, str) for v in found.values()
+    ):
+        raise _Damage("its header's metadata are no texts")
+    return found
+
+
+def _check_hash(
+    path: Path, version: int, header: dict[str, str], tensors: dict[str, Tensor]
+) -> None:
+    if version < _HASHED and "hash" not in header:
+        warnings.warn(
+            f"{path} was written by an earlier version, without a hash of its content: "
+            f"damage may go unseen; call checkpoint(path, ...) to write it again",
+            stacklevel=4,
+        )
+    elif header["hash"] != _hash(header["content"], tensors):
+        raise _Damage("its hash differs from that of its content")
+
+
+def _hash(content: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of the JSON and of each tensor: name, kind, shape and bytes."""
+    found = hashlib.sha256(content.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(json.dumps([name, str(tensor.dtype), [*tensor.shape]]).encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _pack(tree: object, tensors: dict[str, Tensor], path: str = "") -> Any:
@@ -110,22 +164,27 @@ def _unpack(tree: object, tensors: dict[str, Tensor]) -> Any:
         return [_unpack(element, tensors) for element in tree]
     if not isinstance(tree, dict):
         return tree
+    if len(tree) != 1:
+        raise _Damage(f"a node has the names {sorted(tree)}, and not one of them")
     ((kind, content),) = tree.items()
     if kind == "tensor":
         return tensors[content]
     if kind == "tuple":
         return tuple(_unpack(element, tensors) for element in content)
-    return {_unpack(k, tensors): _unpack(v, tensors) for k, v in content}
+    if kind == "dict" and all(isinstance(i, list) and len(i) == 2 for i in content):
+        return {_unpack(k, tensors): _unpack(v, tensors) for k, v in content}
+    raise _Damage(f"a node {kind!r} is not as written")
 
 
-def _check_format(path: Path, header: dict[str, str]) -> None:
+def _version(path: Path, header: dict[str, str]) -> int:
     if header.get("format") != FORMAT:
         raise ValueError(
             f"{path} is another safetensors file; expected one that checkpoint(path, "
             f"...) wrote"
         )
-    if int(header["version"]) > _VERSION:
+    if header["version"] not in map(str, range(1, _VERSION + 1)):
         raise ValueError(
-            f"{path} has format version {header['version']}; this lrvd_pyro reads up "
-            f"to {_VERSION}: pip install -U lrvd_pyro"
+            f"{path} has format version {header['version']:.20}; this lrvd_pyro reads "
+            f"up to {_VERSION}: pip install -U lrvd_pyro"
         )
+    return int(header["version"])

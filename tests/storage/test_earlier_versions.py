@@ -42,14 +42,15 @@ def test_a_folder_predicts_as_it_did(
 ) -> None:
     folder = tmp_path / name
     shutil.copytree(WRITTEN / name, folder)
-    model, guide = lrvd.load(folder, base())
+    with pytest.warns(UserWarning, match="without hashes of its files"):
+        model, guide = lrvd.load(folder, base())
     assert type(model) is family and type(guide) is kind
     known = expected()
     found = lrvd.predict(model, guide, [{"x": known["x"]}], num_samples=3).probs
     torch.testing.assert_close(found, known[name])
     assert bool(center_of(model.space)) == (name == "centered_gates")
     lrvd.save(folder, model, guide)  # in the present format
-    assert json.loads((folder / "lrvd_config.json").read_text())["format"] == 2
+    assert json.loads((folder / "lrvd_config.json").read_text())["format"] == 3
     again = lrvd.predict(*lrvd.load(folder, base()), [{"x": known["x"]}], 3).probs
     assert torch.equal(again, found)
 
@@ -67,7 +68,8 @@ def test_a_checkpoint_goes_on_as_it_did() -> None:
     )
     run: Any = {"model": model, "guide": guide, "optimizer": optimizer, "elbo": elbo}
     run |= {"sampler": sampler, "schedule": balance}
-    lrvd.resume(WRITTEN / "run.safetensors", **run)
+    with pytest.warns(UserWarning, match="without a hash of its content"):
+        lrvd.resume(WRITTEN / "run.safetensors", **run)
     svi = SVI(model, guide, optimizer, loss=elbo)
     steps = 0
     while steps < 4:
@@ -83,7 +85,8 @@ def test_a_checkpoint_goes_on_as_it_did() -> None:
 
 
 def test_the_twin_without_the_centers_does_not() -> None:
-    model, guide = lrvd.load(WRITTEN / "centered_gates", base())
+    with pytest.warns(UserWarning, match="without hashes of its files"):
+        model, guide = lrvd.load(WRITTEN / "centered_gates", base())
     center_at(model.space, 0.5 * torch.ones(model.space.size))
     known = expected()
     found = lrvd.predict(model, guide, [{"x": known["x"]}], num_samples=3).probs

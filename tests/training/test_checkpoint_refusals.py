@@ -64,12 +64,8 @@ def test_a_truncated_file_is_damaged(share: float, path: Path) -> None:
     ("header", "message"),
     [
         (None, "is another safetensors file; expected one that checkpoint"),
-        ({"format": packed.FORMAT, "version": "3"}, "version 3; this .* up to 2: pip"),
-        ({"format": packed.FORMAT, "version": "1"}, "is damaged: 'content'"),
-        (
-            {"format": packed.FORMAT, "version": "1", "content": '{"tensor": '},
-            "is damaged: Expecting value",
-        ),
+        ({"format": packed.FORMAT, "version": "9"}, "version 9; this .* up to 3: pip"),
+        ({"format": packed.FORMAT, "version": "3"}, "is damaged: 'hash'"),
     ],
 )
 def test_other_contents_are_refused(header: Any, message: str, path: Path) -> None:

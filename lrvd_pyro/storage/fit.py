@@ -1,0 +1,76 @@
+"""Whether a folder's tensors and config fit each other and a network."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrvd_pyro.storage.peft_files import PREFIX, module_names
+from lrvd_pyro.storage.schema import short
+
+__all__ = ["check_fit", "unlike"]
+
+
+def check_fit(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    net: nn.Module,
+) -> None:
+    """Raise unless a network has the saved modules, and the tensors their ranks.
+
+    Nothing has been allocated for the ranks by then.
+
+    Args:
+        folder: The folder, for messages.
+        config: The config that `save` wrote.
+        tensors: Those of the adapter, by PEFT's names.
+        net: The base network.
+
+    Raises:
+        ValueError: With what does not fit.
+    """
+    ranks = dict(zip(config["modules"], config["ranks"], strict=True))
+    known = {*module_names(net)}
+    names = [*ranks, *config["constants"]]
+    strange = [name for name in names if name not in known]
+    if strange and not config["layer_replication"]:  # which makes layers of new names
+        raise ValueError(
+            f"{folder} has an adapter on {short(strange)}, which net lacks; pass the "
+            f"base that it was saved from"
+        )
+    for name, rank in ranks.items():
+        tensor = tensors.get(f"{PREFIX}{name}.lora_A.weight")
+        if tensor is None or tensor.dim() < 2 or len(tensor) != rank:
+            raise ValueError(
+                f"{folder} has rank {rank} in {name!r}, and as its lora_A "
+                f"{short(tensor)}; expected that many rows: write the folder again, "
+                f"save(path, model, guide)"
+            )
+
+
+def unlike(saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> list[str]:
+    """In words, where saved tensors cannot take the place of present ones.
+
+    They need the names, the shapes, a precision of the same kind, and finite numbers.
+
+    Args:
+        saved: Tensors by name.
+        present: Those whose place they take.
+    """
+    words = [f"{name} is missing" for name in present.keys() - saved.keys()]
+    words += [f"{name} is one too many" for name in saved.keys() - present.keys()]
+    for name in present.keys() & saved.keys():
+        mine, theirs = present[name], saved[name]
+        if mine.shape != theirs.shape or _kind(mine) != _kind(theirs):
+            words.append(f"{name} is {short(theirs)}, expected {short(mine)}")
+        elif not bool(torch.isfinite(theirs).all()):
+            words.append(f"{name} has NaN or infinity, expected finite numbers")
+    return sorted(words)
+
+
+def _kind(tensor: Tensor) -> object:
+    """Floating point of any precision; else the exact type."""
+    return "float" if tensor.is_floating_point() else tensor.dtype

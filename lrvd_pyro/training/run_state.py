@@ -1,0 +1,128 @@
+"""The form of a checkpoint's state: every entry is checked before the first is used."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrvd_pyro.inference.elbo import RankELBO
+from lrvd_pyro.storage.schema import (
+    Check,
+    Misfit,
+    anything,
+    flag,
+    like,
+    list_of,
+    number,
+    optional,
+    record,
+    short,
+    table_of,
+    text,
+    whole,
+)
+from lrvd_pyro.training.kinds import Stateful
+from lrvd_pyro.training.random_state import check_random_state
+from lrvd_pyro.training.tensors import Layout
+
+__all__ = ["check_form", "check_tensors"]
+
+_sketch = record({"dtype": text, "shape": list_of(whole(0)), "values": list_of(number)})
+_ranks = {"modules": list_of(text), "ranks": list_of(whole(1))}
+_ranks["origin"] = list_of(whole(0))
+_optimizer = {
+    "steps": optional(whole(0)),
+    "groups": list_of(record({"params": list_of(text)}, more=True)),
+    "moments": table_of(table_of(anything)),
+}
+
+
+def check_form(
+    path: Path,
+    state: Any,
+    *,
+    elbo: RankELBO,
+    sampler: Stateful | None,
+    schedules: Sequence[Stateful],
+) -> None:
+    """Raise unless a state has the entries that `checkpoint` writes, of their kinds.
+
+    Args:
+        path: The checkpoint, for the message.
+        state: What it holds.
+        elbo: The loss, whose state has the form of the saved one.
+        sampler: The sampler.
+        schedules: The schedules, in order.
+
+    Raises:
+        ValueError: With the first entry that is not as expected.
+    """
+    checks: dict[str, Check] = {
+        "kinds": table_of(list_of(text)),
+        "ranks": record(_ranks),
+        "layout": table_of(_layout),
+        "base": table_of(_sketch),
+        "tensors": table_of(anything),
+        "optimizer": record(_optimizer),
+        "elbo": like(elbo.state_dict()),
+        "sampler": _state_of(sampler),
+        "schedule": list_of(anything),
+        "random": check_random_state,
+        "extra": anything,
+    }
+    try:
+        record(checks)(state, "")
+        if len(state["schedule"]) != len(schedules):
+            expected = f"the states of {len(schedules)} schedules"
+            raise Misfit("schedule", state["schedule"], expected)
+        for i, (each, saved) in enumerate(zip(schedules, state["schedule"])):
+            _state_of(each)(saved, f"schedule[{i}]")
+    except Misfit as error:
+        raise ValueError(f"{path}: {error}; resume an earlier checkpoint") from None
+
+
+def check_tensors(path: Path, tensors: Mapping[str, Any], layout: Layout) -> None:
+    """Raise unless tensors have the saved layout and finite numbers.
+
+    Args:
+        path: The checkpoint, for the message.
+        tensors: Its tensors of model and guide, by name.
+        layout: Their layout, which fits the run.
+
+    Raises:
+        ValueError: With the first that has not.
+    """
+    if names := sorted(tensors.keys() ^ layout.keys()):
+        raise ValueError(
+            f"{path} has tensors and a layout that differ in {short(names)}; resume an "
+            f"earlier checkpoint"
+        )
+    for name, (dtype, shape, _) in layout.items():
+        tensor = tensors[name]
+        found = getattr(tensor, "dtype", None), tuple(getattr(tensor, "shape", ()))
+        if (str(found[0]), found[1]) != (dtype, tuple(shape)):
+            reason = f"expected one of {dtype}, {list(shape)}"
+        elif not bool(torch.isfinite(tensor).all()):
+            reason = "it has NaN or infinity, expected finite numbers"
+        else:
+            continue
+        raise ValueError(
+            f"{path}: {name} is {short(tensor)}; {reason}; resume an earlier checkpoint"
+        )
+
+
+def _layout(value: object, place: str) -> None:
+    """Accept (dtype, shape, whether it trains)."""
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        raise Misfit(place, value, "a dtype, a shape and whether it trains")
+    for element, check in zip(value, (text, list_of(whole(0)), flag)):
+        check(element, place)
+
+
+def _state_of(thing: Stateful | None) -> Check:
+    """The form of an object's state; that of a user's own class is its own matter."""
+    if thing is None:
+        return like(None)
+    package = type(thing).__module__.partition(".")[0]
+    return like(thing.state_dict()) if package in ("lrvd_pyro", "torch") else anything
