@@ -15,6 +15,7 @@ from lrvd_pyro import guides, models
 from lrvd_pyro.guides import RankDiagonal, RankGuide
 from lrvd_pyro.inference.param_store import waits_for_first_call
 from lrvd_pyro.models.base import RankModel
+from lrvd_pyro.storage.schema import short
 from lrvd_pyro.storage.spec import Unstorable, builtin_classes, decode, describe
 
 __all__ = ["build", "build_guide", "build_model"]
@@ -127,10 +128,21 @@ def build_guide(
             f"load(..., guide=make) with a make(model) that calls guide(**batch) and "
             f"returns the guide"
         )
-    if isinstance(guide, RankDiagonal) and saved["held"] != list(guide.held):
+    if isinstance(guide, RankDiagonal) and saved.get("held") != list(guide.held):
+        _check_held(folder, saved.get("held"), model.start())
         # Sizes decide which site a new guide holds, and pruning can make sizes equal.
         guide.hold(saved["held"], model.start())
     return guide
+
+
+def _check_held(folder: Path, held: object, sites: Mapping[str, object]) -> None:
+    if not isinstance(held, list) or not all(
+        isinstance(name, str) and name in sites for name in held
+    ):
+        raise ValueError(
+            f"{folder} has the guide's sites {short(held)}; expected a list of some of "
+            f"{sorted(sites)}: write the folder again, save(path, model, guide)"
+        )
 
 
 def _stored(

@@ -175,14 +175,14 @@ def load(
     )
     check_base(folder, net, config, saved["net"])
     check_fit(folder, config, saved["net"], net)
-    given: dict[str, Any] = {
-        "prior": build(folder, config, "prior", prior, priors),
-        "likelihood": build(folder, config, "likelihood", likelihood, likelihoods),
-    }
-    given = {name: part for name, part in given.items() if part is not None}
-    if weight_prior is not None:
-        given["weight_prior"] = weight_prior
     with unchanged_on_error(net), told_of(folder):
+        given: dict[str, Any] = {
+            "prior": build(folder, config, "prior", prior, priors),
+            "likelihood": build(folder, config, "likelihood", likelihood, likelihoods),
+        }
+        given = {name: part for name, part in given.items() if part is not None}
+        if weight_prior is not None:
+            given["weight_prior"] = weight_prior
         peft_net = adapted(net, config, adapter_config)
         loaded = build_model(folder, config, model, peft_net, given)
         loaded.space.origin = tuple(config["origin"])

@@ -26,6 +26,11 @@ def _task(value: object, place: str) -> None:
         raise Misfit(place, value, f"one of {[task.value for task in TaskType]}")
 
 
+def _bias(value: object, place: str) -> None:
+    if value not in ("none", "all", "lora_only"):
+        raise Misfit(place, value, "'none', 'all' or 'lora_only'")
+
+
 def _share(value: Any, place: str) -> None:
     number(value, place)
     if not 0 <= value < 1:
@@ -42,7 +47,7 @@ _TAKEN: dict[str, Check] = {
     "task_type": optional(_task),
     "lora_dropout": _share,
     "fan_in_fan_out": flag,
-    "bias": text,
+    "bias": _bias,
     "use_dora": flag,
     "lora_bias": flag,
     "modules_to_save": optional(list_of(text)),

@@ -80,10 +80,10 @@ def whole(least: int) -> Check:
 
 
 def number(value: object, place: str) -> None:
-    """Accept a finite number."""
+    """Accept a finite number; a whole one of 64 bits, as tensors take."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Misfit(place, value, "a number")
-    if isinstance(value, float) and not math.isfinite(value):
+    if not math.isfinite(value) or (isinstance(value, int) and abs(value) >= 2**63):
         raise Misfit(place, value, "a finite number")
 
 

@@ -156,7 +156,8 @@ def test_a_config_of_another_kind_is_refused(tmp_path: Path) -> None:
     hacked = {"name": "Hacked", "builtin": True, "arguments": {}}
     edit(path, model={})
     with pytest.raises(
-        ValueError, match=r"lrvd_config.json: the list of names in model is \[\]; .*save\("
+        ValueError,
+        match=r"config.json: the list of names in model is \[\]; .*save\(",
     ):
         load(path, base)
     edit(path, model=hacked)
