@@ -174,6 +174,7 @@ def _stored(
         except Unstorable as error:
             missing[name] = str(error)
     needed = stored if family else arguments
+    _check_flags(folder, make, arguments)
     try:
         inspect.signature(make).bind(first, **{**known, **needed})
     except TypeError as error:
@@ -195,6 +196,19 @@ def _stored(
             f"or a function"
         )
     return arguments
+
+
+def _check_flags(
+    folder: Path, make: Callable[..., object], arguments: Mapping[str, object]
+) -> None:
+    """Raise a ValueError where a flag is none: any value would count as true."""
+    usual = {n: p.default for n, p in inspect.signature(make).parameters.items()}
+    for name, value in arguments.items():
+        if isinstance(usual.get(name), bool) and not isinstance(value, bool):
+            raise ValueError(
+                f"{folder} has {name}={short(value)}; expected true or false: write "
+                f"the folder again, save(path, model, guide)"
+            )
 
 
 def _class_of(make: Callable[..., object], part: str) -> type | None:

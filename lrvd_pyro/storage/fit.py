@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrvd_pyro.storage.config import Parts, joined
 from lrvd_pyro.storage.peft_files import PREFIX, module_names
 from lrvd_pyro.storage.schema import short
 
@@ -16,7 +17,7 @@ __all__ = ["check_fit", "unlike"]
 def check_fit(
     folder: Path,
     config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
+    parts: Parts,
     net: nn.Module,
 ) -> None:
     """Raise unless a network has the saved modules, and the tensors their ranks.
@@ -26,7 +27,7 @@ def check_fit(
     Args:
         folder: The folder, for messages.
         config: The config that `save` wrote.
-        tensors: Those of the adapter, by PEFT's names.
+        parts: Its tensors, by part and name.
         net: The base network.
 
     Raises:
@@ -41,8 +42,13 @@ def check_fit(
             f"{folder} has an adapter on {short(strange)}, which net lacks; pass the "
             f"base that it was saved from"
         )
+    if unknown := {*config["frozen"]} - {*joined(parts)}:
+        raise ValueError(
+            f"{folder} lacks {short(sorted(unknown))}, of which it says that they do "
+            f"not train: write the folder again, save(path, model, guide)"
+        )
     for name, rank in ranks.items():
-        tensor = tensors.get(f"{PREFIX}{name}.lora_A.weight")
+        tensor = parts["net"].get(f"{PREFIX}{name}.lora_A.weight")
         if tensor is None or tensor.dim() < 2 or len(tensor) != rank:
             raise ValueError(
                 f"{folder} has rank {rank} in {name!r}, and as its lora_A "

@@ -174,7 +174,7 @@ def load(
         folder / ADAPTER_CONFIG, stored, config["layer_replication"]
     )
     check_base(folder, net, config, saved["net"])
-    check_fit(folder, config, saved["net"], net)
+    check_fit(folder, config, saved, net)
     with unchanged_on_error(net), told_of(folder):
         given: dict[str, Any] = {
             "prior": build(folder, config, "prior", prior, priors),

@@ -5,7 +5,7 @@ make large ones: ``record({"ranks": list_of(whole(1)), "name": text})``.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -142,18 +142,24 @@ def record(entries: Mapping[str, Check], *, more: bool = False) -> Check:
     return check_all
 
 
-def like(live: object) -> Check:
+def like(live: object, *, fixed: bool = False) -> Check:
     """Accept what has the names and the kinds of a live state.
 
     A number stands for any finite number of its kind, an element of a list for any
-    number of such elements, a tensor for any finite one of its precision and number of
-    dimensions. Null stands for anything without tensors.
+    number of such elements, and a tuple for its length of them. A tensor stands for any
+    finite one of its precision and number of dimensions, null for anything plain.
+
+    Args:
+        live: The state.
+        fixed: A list too stands for its length.
     """
     if isinstance(live, dict):
-        return record({name: like(value) for name, value in live.items()})
-    if isinstance(live, list | tuple):
-        element = like(live[0]) if live else like(None)
-        return list_of(element)
+        entries = {name: like(value, fixed=fixed) for name, value in live.items()}
+        return record(entries)
+    if isinstance(live, tuple) or (fixed and isinstance(live, list)):
+        return _tuple_like(live)
+    if isinstance(live, list):
+        return list_of(like(live[0] if live else None))
     if isinstance(live, Tensor):
         return _tensor_like(live)
     if live is None:
@@ -163,6 +169,16 @@ def like(live: object) -> Check:
     if isinstance(live, int):
         return whole(0 if live >= 0 else -(2**63))
     return _real if isinstance(live, float) else text
+
+
+def _tuple_like(live: Sequence[object]) -> Check:
+    def check(value: object, place: str) -> None:
+        if not isinstance(value, list | tuple) or len(value) != len(live):
+            raise Misfit(place, value, f"{len(live)} elements")
+        for i, element in enumerate(live):
+            like(element, fixed=True)(value[i], f"{place}[{i}]")
+
+    return check
 
 
 def _tensor_like(live: Tensor) -> Check:

@@ -1,5 +1,6 @@
 """Whether saved groups and moments are such that an optimizer can go on with them."""
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def check_moments(
     """
     groups, moments = _usual(optimizer)
     try:
+        like(getattr(optimizer, "steps", None))(saved["steps"], "steps")
         if groups is not None and len(saved["groups"]) not in (0, len(groups)):
             raise Misfit("groups", saved["groups"], f"{len(groups)} groups")
         for i, group in enumerate(saved["groups"]):
@@ -97,8 +99,10 @@ def _usual(optimizer: Any) -> tuple[Any, Any]:
     weight = torch.zeros(1, requires_grad=True)
     weight.grad = torch.zeros(1)
     cls: Any = torch.optim.AdamW if own else type(optimizer)
+    defaults = {} if live is None else live.defaults
+    taken = defaults.keys() & inspect.signature(cls).parameters.keys()
     try:
-        trial = cls([weight], **({} if live is None else live.defaults))
+        trial = cls([weight], **{name: defaults[name] for name in taken})
         trial.step()
     except (TypeError, ValueError, RuntimeError):
         return (None if live is None else live.param_groups), None

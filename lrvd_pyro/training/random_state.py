@@ -8,9 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lrvd_pyro.storage.schema import Misfit, anything, list_of, number, record, text
+from lrvd_pyro.storage.schema import (
+    Misfit,
+    anything,
+    list_of,
+    number,
+    optional,
+    record,
+    text,
+)
 
 __all__ = ["check_random_state", "random_state", "set_random_state"]
+
+
+_REFUSALS = TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, Misfit
 
 
 def random_state() -> dict[str, Any]:
@@ -43,12 +54,12 @@ def check_random_state(state: Any, place: str) -> None:
     tries: dict[str, Callable[[Any], object]] = {
         "torch": torch.Generator().set_state,
         "numpy": _try_numpy,
-        "python": random.Random().setstate,
+        "python": _try_python,
     }
     for name, take in tries.items():
         try:
             take(state[name])
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        except _REFUSALS as error:
             expected = f"the state of a generator ({error})"
             raise Misfit(f"{place}[{name!r}]", state[name], expected) from error
 
@@ -61,6 +72,11 @@ def _try_numpy(state: Any) -> None:
     if type(position) is not int or not 0 <= position <= 624 or has_gauss not in (0, 1):
         raise ValueError(f"a position of {position!r}")
     np.random.RandomState().set_state((kind, keys, position, has_gauss, cached))
+
+
+def _try_python(state: Any) -> None:
+    random.Random().setstate(state)
+    optional(number)(state[2], "the next of gauss()")  # which takes any object
 
 
 def _bytes(value: object, place: str) -> None:

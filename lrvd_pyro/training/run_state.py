@@ -125,4 +125,7 @@ def _state_of(thing: Stateful | None) -> Check:
     if thing is None:
         return like(None)
     package = type(thing).__module__.partition(".")[0]
-    return like(thing.state_dict()) if package in ("lrvd_pyro", "torch") else anything
+    if package not in ("lrvd_pyro", "torch"):
+        return anything
+    # Those of torch have a rate for each group of the optimizer.
+    return like(thing.state_dict(), fixed=package == "torch")
