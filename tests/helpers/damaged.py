@@ -66,7 +66,7 @@ def edited(tree: Any, place: Place, value: Any, *, gone: bool = False) -> Any:
     if gone and not rest:
         del new[key]
     else:
-        new[key] = edited(tree[key], tuple(rest), value, gone=gone)
+        new[key] = edited(tree[key], tuple(rest), value, gone=gone) if rest else value
     return tuple(new) if isinstance(tree, tuple) else new
 
 

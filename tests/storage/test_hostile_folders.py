@@ -225,3 +225,88 @@ def test_numbers_that_are_not_finite_are_no_json(tmp_path: Path) -> None:
     lrvd_config(path, num_data=math.nan)
     with pytest.raises(ValueError, match="config.json is damaged: it holds NaN, which"):
         lrvd.load(path, base)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"modules": ["hidden", "hidden"]},
+            "modules is .*; expected one or more",
+        ),
+        ({"scalings": [1.0]}, r"scalings is \[1.0\]; expected one for each of the 2"),
+        (
+            {"origin": [0] * 8},
+            "origin is .*; expected 8 different numbers",
+        ),
+        ({"adapter": "a.b"}, "adapter is 'a.b'; expected a name without a dot"),
+        ({"num_data": 0}, "num_data is 0; expected a positive number"),
+        (
+            {"layer_replication": [[2, 1]]},
+            r"replication is \[2, 1\]; expected the",
+        ),
+        (
+            {"frozen": ["net.x"]},
+            r"lacks \['net.x'\], of which it says that they",
+        ),
+        ({"versions": 7}, "versions is 7; expected a dict"),
+    ],
+)
+def test_entries_of_the_config_agree(
+    changes: Any, message: str, tmp_path: Path
+) -> None:
+    path, base, _ = folder(tmp_path / "run")
+    lrvd_config(path, **changes)
+    with pytest.raises(ValueError, match=message):
+        lrvd.load(path, base)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"lora_dropout": 1.0},
+            "lora_dropout is 1.0; expected a number from 0 to",
+        ),
+        ({"task_type": "X"}, "task_type is 'X'; expected one of"),
+        ({"bias": "some"}, "bias is 'some'; expected 'none', 'all' or 'lora_only'"),
+        (
+            {"trainable_token_indices": {"a": [-1]}},
+            r"\['a'\]\[0\] is -1; expected a",
+        ),
+        (
+            {"kasa_config": {"a": 1}},
+            "sets 'kasa_config' to .*, which load does not",
+        ),
+    ],
+)
+def test_fields_of_peft_have_their_kinds(
+    changes: Any, message: str, tmp_path: Path
+) -> None:
+    path, base, _ = folder(tmp_path / "run")
+    adapter_config(path, **changes)
+    with pytest.raises(ValueError, match=rf"adapter_config.json:? {message}|{message}"):
+        lrvd.load(path, base)
+
+
+def test_a_guide_has_the_models_sites_and_flags_that_are_flags(tmp_path: Path) -> None:
+    path, base, _ = folder(tmp_path / "run")
+    guide = json.loads((path / "lrvd_config.json").read_text())["guide"]
+    lrvd_config(path, guide=guide | {"held": ["nothing"]})
+    with pytest.raises(ValueError, match=r"the guide's sites \['nothing'\]; expect"):
+        lrvd.load(path, base)
+    arguments = guide["arguments"] | {"learn_mean": "no"}
+    lrvd_config(path, guide=guide | {"arguments": arguments})
+    with pytest.raises(ValueError, match="has learn_mean='no'; expected true or false"):
+        lrvd.load(path, base)
+
+
+def test_tensors_are_finite(tmp_path: Path) -> None:
+    path, base, _ = folder(tmp_path / "run")
+    file = path / "lrvd_posterior.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    save_file({**tensors, name: tensors[name] * math.nan}, file)
+    seal(path)
+    with pytest.raises(ValueError, match=rf"{name} has NaN or infinity, expected fin"):
+        lrvd.load(path, base)

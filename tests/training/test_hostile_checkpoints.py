@@ -182,3 +182,108 @@ def test_a_deep_header_is_damage_and_no_crash(tmp_path: Path) -> None:
     save_file(load_file(path), path, metadata=header)
     with pytest.raises(ValueError, match="is damaged"):
         resume(path, **started("svi"))
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("schedule",), (), r"schedule is \(\); expected the states of 1 schedules"),
+        (("layout", "guide.log_variance"), 3, "is 3; expected a dtype, a shape and wh"),
+        (("tensors", "more"), torch.ones(1), r"a layout that differ in \['more'\]"),
+        (
+            ("tensors", "guide.log_variance"),
+            3,
+            "variance is 3; expected one of torch",
+        ),
+        (
+            ("tensors", "guide.log_variance"),
+            torch.full((8,), math.nan, dtype=torch.float64),
+            r"\[8\]; it has NaN or infinity, expected finite",
+        ),
+        (
+            ("optimizer", "groups"),
+            ({"params": []},),
+            r"groups is .*; expected 3",
+        ),
+        (
+            ("optimizer", "groups", 0, "params"),
+            ["model.x"],
+            r"params is \['model.x'\]; expected names of what trains",
+        ),
+        (
+            ("optimizer", "groups", 2, "params"),
+            ["guide.log_variance"] * 2,
+            "params is .*; expected each parameter once",
+        ),
+        (
+            ("optimizer", "groups", 0, "lr"),
+            -1.0,
+            r"groups\[0\]\['lr'\] is -1.0; expected a rate in its range",
+        ),
+        (
+            ("optimizer", "moments", "model.x"),
+            {},
+            "moments is 'model.x'; expected names of parameters in the groups",
+        ),
+        (
+            ("optimizer", "moments", "guide.log_variance"),
+            {"exp_avg": torch.ones(8)},
+            r"is \['exp_avg'\]; expected \['exp_avg', 'exp_avg_sq', 'step'\]",
+        ),
+        (
+            ("optimizer", "moments", "guide.log_variance", "exp_avg"),
+            torch.full((8,), math.inf),
+            r"'exp_avg'\] is 'a tensor .*; expected finite numbers",
+        ),
+        (("kinds", "model"), 3, r"kinds\['model'\] is 3; expected a list"),
+    ],
+)
+def test_a_wrong_entry_is_named(
+    place: Any, value: Any, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.safetensors"
+    runs.begun(path, steps=1)
+    tree, _ = tree_file.read(path)
+    tree_file.write(path, damaged.edited(tree, place, value))
+    run = started("svi")
+    with pytest.raises(ValueError, match=f"run.safetensors.*{message}"):
+        resume(path, **run)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff" * 20, "it has 20 bytes and a header of"),
+        (b"\x04" + bytes(7) + b"nope", "its header is no JSON"),
+        (
+            b"\x1d" + bytes(7) + b'{"__metadata__":{"format":1}}',
+            "its header's metadata are no texts",
+        ),
+    ],
+)
+def test_bytes_that_are_no_checkpoint_are_named(
+    content: bytes, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"is damaged: {message}"):
+        resume(path, **started("svi"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"a": 1, "b": 2}', r"a node has the names \['a', 'b'\], and not one"),
+        ('{"dict": [3]}', "a node 'dict' is not as written"),
+        ('{"other": []}', "a node 'other' is not as written"),
+    ],
+)
+def test_nodes_that_are_none_are_named(
+    content: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "run.safetensors"
+    header = {"format": tree_file.FORMAT, "version": "2", "content": content}
+    save_file({"x": torch.ones(1)}, path, metadata=header)
+    with pytest.warns(UserWarning, match="without a hash"):
+        with pytest.raises(ValueError, match=f"is damaged: {message}"):
+            resume(path, **started("svi"))
