@@ -63,14 +63,17 @@ def config_of(model: RankModel, guide: nn.Module, parts: Parts) -> dict[str, Any
     }
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(content: bytes, path: Path) -> dict[str, Any]:
     """Read the config of a folder and bring it to the present format.
 
+    Args:
+        content: The content of the file.
+        path: The file, for messages.
+
     Raises:
-        ValueError: If the file is missing, is damaged, has a newer format or lacks an
-            entry.
+        ValueError: If the file is damaged, has a newer format or lacks an entry.
     """
-    config = read_json(path)
+    config = read_json(content, path)
     number = config.get("format")
     if not isinstance(number, int) or number > _FORMAT:
         writer = config.get("versions", {}).get("lrvd_pyro")

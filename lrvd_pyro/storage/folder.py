@@ -30,9 +30,9 @@ from lrvd_pyro.priors import Prior
 from lrvd_pyro.rank_space.center import center_at
 from lrvd_pyro.storage.atomic import (
     AnyPath,
+    read_folder,
     read_json,
     read_tensors,
-    recover,
     written_whole,
 )
 from lrvd_pyro.storage.build import build, build_guide, build_model
@@ -156,11 +156,12 @@ def load(
             the others; if ``net`` is another base; or if an object must be passed, or
             is not the one that was saved.
     """
-    recover(path)
     folder = Path(path)
-    config = read_config(folder / _CONFIG)
-    saved = parted(read_tensors(folder / _POSTERIOR), config["format"])
-    adapter_config = _read_adapter_config(folder)
+    files = read_folder(folder, [_CONFIG, _POSTERIOR, ADAPTER_CONFIG])
+    config = read_config(files[_CONFIG], folder / _CONFIG)
+    tensors = read_tensors(files[_POSTERIOR], folder / _POSTERIOR)
+    saved = parted(tensors, config["format"])
+    adapter_config = _adapter_config(files[ADAPTER_CONFIG], folder / ADAPTER_CONFIG)
     check_base(folder, net, config, saved["net"])
     given: dict[str, Any] = {
         "prior": build(folder, config, "prior", prior, priors),
@@ -206,14 +207,16 @@ def _state(module: object) -> Tensors:
     return state
 
 
-def _read_adapter_config(folder: Path) -> LoraConfig:
-    stored = read_json(folder / ADAPTER_CONFIG)
+def _adapter_config(content: bytes, path: Path) -> LoraConfig:
+    stored = read_json(content, path)
     if stored.get("peft_type") != "LORA":
         raise ValueError(
-            f"{folder / ADAPTER_CONFIG} is of type {stored.get('peft_type')!r}; "
-            f"expected 'LORA': write the folder again, save(path, model, guide)"
+            f"{path} is of type {stored.get('peft_type')!r}; expected 'LORA': write "
+            f"the folder again, save(path, model, guide)"
         )
-    config: LoraConfig = LoraConfig.from_pretrained(str(folder))
+    # From what was read: the file may be another one by now.
+    made_by: Any = LoraConfig
+    config: LoraConfig = made_by.from_peft_type(**stored)
     return config
 
 

@@ -5,15 +5,14 @@ ever looked up by name or run, so a file from a stranger is safe to read.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
-from lrvd_pyro.storage.atomic import sync
+from lrvd_pyro.storage.atomic import written_file
 
 __all__ = ["FORMAT", "read", "write"]
 
@@ -29,6 +28,7 @@ def write(path: Path, tree: object) -> None:
         TypeError: If the tree holds anything but dicts, lists, tuples, numbers, texts,
             None and tensors.
         ValueError: If ``path`` is a folder.
+        OSError: If the disk is full or read-only, or the file cannot be written.
     """
     if path.is_dir():
         raise ValueError(
@@ -38,16 +38,9 @@ def write(path: Path, tree: object) -> None:
     tensors: dict[str, Tensor] = {}
     content = json.dumps(_pack(tree, tensors))
     header = {"format": FORMAT, "version": str(_VERSION), "content": content}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        save_file(tensors, partial, metadata=header)
-        # The data reach the disk before the name changes hands, and the name after it.
-        sync(partial)
-        os.replace(partial, path)
-        sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_file(path) as partial:
+        # Not by save_file, whose own temporary file would outlive a kill.
+        partial.write_bytes(save(tensors, header))
 
 
 def read(path: Path) -> tuple[Any, int]:
@@ -63,11 +56,11 @@ def read(path: Path) -> tuple[Any, int]:
             f"wrote. Where a run may be new: if path.exists(): resume(path, ...)"
         )
     try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            _check_format(path, header)
-            # Safetensors may map the file into memory; a clone is independent of it.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+        # Once: a second look may see the file of a later write.
+        content = path.read_bytes()
+        tensors = load(content)
+        header = _metadata(content)
+        _check_format(path, header)
         return _unpack(json.loads(header["content"]), tensors), int(header["version"])
     except (SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise ValueError(
@@ -116,6 +109,13 @@ def _unpack(tree: object, tensors: dict[str, Tensor]) -> Any:
     if kind == "tuple":
         return tuple(_unpack(element, tensors) for element in content)
     return {_unpack(k, tensors): _unpack(v, tensors) for k, v in content}
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """The texts in the header of a safetensors file, which `load` leaves out."""
+    size = int.from_bytes(content[:8], "little")
+    header: dict[str, Any] = json.loads(content[8 : 8 + size])
+    return header.get("__metadata__") or {}
 
 
 def _check_format(path: Path, header: dict[str, str]) -> None:
