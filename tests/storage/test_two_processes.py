@@ -80,24 +80,32 @@ def test_threads_leave_one_whole_version(tmp_path: Path) -> None:
     assert names(tmp_path) == ["run"]
 
 
-def test_a_writer_whose_place_was_taken_replaces_the_other(
+def test_a_writer_whose_place_was_taken_replaces_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, others = tmp_path / "run", iter(["other", "third"])
+    path, others = tmp_path / "run", [tmp_path / "other", tmp_path / "third"]
+    for folder in (path, *others):
+        write(folder, "old")
+    paused(monkeypatch, lambda: others and os.rename(others.pop(), path))
+    write(path, "new")
+    assert not others and read(path) == "new"
+    assert names(tmp_path) == ["run"]
+
+
+def test_a_writer_goes_on_where_another_has_moved_the_old_folder_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, replace = tmp_path / "run", os.replace
     write(path, "old")
 
-    def another() -> None:
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", replace)
-            if version := next(others, None):
-                write(path, version)
+    def too_late(source: Path, target: Path) -> None:
+        if source == path:
+            replace(path, tmp_path / "elsewhere")
+        replace(source, target)
 
-    replace = os.replace
-    paused(monkeypatch, another)
-    monkeypatch.setattr(atomic, "_MOMENT", 0.05)
+    monkeypatch.setattr(os, "replace", too_late)
     write(path, "new")
-    assert next(others, None) is None and read(path) == "new"
-    assert names(tmp_path) == ["run"]
+    assert read(path) == "new" and names(tmp_path) == ["elsewhere", "run"]
 
 
 def test_a_file_that_came_meanwhile_is_not_lost(
@@ -136,30 +144,38 @@ def test_killed_writers_leave_one_whole_version(
 
 @forks
 @pytest.mark.parametrize("by", ["a reader", "a writer"])
-def test_the_newest_version_that_was_moved_aside_is_put_back(
+def test_a_version_that_a_killed_writer_moved_aside_is_put_back(
     by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "run"
     monkeypatch.setattr(atomic, "_MOMENT", 0.05)
-
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
+    write(path, "old")
 
     def work() -> None:
-        paused(monkeypatch, die)
+        paused(monkeypatch, lambda: os.kill(os.getpid(), signal.SIGKILL))
         write(path, "new")
 
-    for version in ("older", "newer"):
-        write(path, version)
-        assert status(fork(work)) == -signal.SIGKILL
-        assert not path.exists()
-        time.sleep(0.02)  # longer than the clock of a file system ticks
-    if by == "a reader":
-        assert read(path) == "newer"
-    else:
+    assert status(fork(work)) == -signal.SIGKILL
+    assert not path.exists()
+    if by == "a writer":
         with pytest.raises(KeyError), written_whole(path, NAMES):
             raise KeyError
-        assert (path / "first").read_text() == "newer"
+        assert (path / "first").read_text() == "old"
+    assert read(path) == "old"
+
+
+def test_the_version_that_was_moved_aside_last_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atomic, "_MOMENT", 0.05)
+    for version in ("second", "third", "first"):
+        write(tmp_path / version, version)
+        # The content may be as old as it likes.
+        os.utime(tmp_path / version, (0, 0))
+    for letter, version in ("f", "first"), ("0", "second"), ("a", "third"):
+        time.sleep(0.02)  # longer than the clock of a file system ticks
+        os.rename(tmp_path / version, tmp_path / f".run.{letter * 16}.previous")
+    assert read(tmp_path / "run") == "third"
 
 
 def test_a_version_that_is_being_removed_is_never_put_back(
