@@ -122,7 +122,7 @@ def read_config(folder: Path, files: Mapping[str, bytes]) -> dict[str, Any]:
         UserWarning: If a folder of an earlier version has no hashes.
     """
     path = folder / CONFIG
-    config = read_json(path, files[CONFIG])
+    config = read_json(files[CONFIG], path)
     version = config.get("format")
     if type(version) is not int or not 1 <= version <= _FORMAT:
         versions = config.get("versions")
@@ -156,7 +156,7 @@ def read_config(folder: Path, files: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 def _replication(files: Mapping[str, bytes]) -> object:
-    stored = read_json(Path(ADAPTER_CONFIG), files[ADAPTER_CONFIG])
+    stored = read_json(files[ADAPTER_CONFIG], Path(ADAPTER_CONFIG))
     return stored.get("layer_replication")
 
 

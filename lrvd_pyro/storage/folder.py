@@ -32,7 +32,6 @@ from lrvd_pyro.storage.atomic import (
     read_folder,
     read_json,
     read_tensors,
-    recover,
     written_whole,
 )
 from lrvd_pyro.storage.build import build, build_guide, build_model
@@ -163,13 +162,12 @@ def load(
             the others; if ``net`` is another base; or if an object must be passed, or
             is not the one that was saved.
     """
-    recover(path)
     folder = Path(path)
     files = read_folder(folder, _FILES)
     config = read_config(folder, files)
-    tensors = read_tensors(folder / _POSTERIOR, files[_POSTERIOR])
+    tensors = read_tensors(files[_POSTERIOR], folder / _POSTERIOR)
     saved = parted(tensors, config["format"])
-    stored = read_json(folder / ADAPTER_CONFIG, files[ADAPTER_CONFIG])
+    stored = read_json(files[ADAPTER_CONFIG], folder / ADAPTER_CONFIG)
     adapter_config = read_adapter_config(
         folder / ADAPTER_CONFIG, stored, config["layer_replication"]
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from lrvd_pyro.models.base import RankModel
@@ -109,7 +109,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors as safetensors, each with memory of its own."""
     # Safetensors refuses tensors that share memory.
     copies = {name: t.detach().clone().contiguous() for name, t in tensors.items()}
-    save_file(copies, path, metadata={"format": "pt"})
+    # Not by save_file, which gives its files to their owner alone.
+    path.write_bytes(save(copies, {"format": "pt"}))
 
 
 def adapted(net: nn.Module, config: Mapping[str, Any], stored: LoraConfig) -> PeftModel:

@@ -6,7 +6,6 @@ ever looked up by name or run, so a file from a stranger is safe to read.
 
 import hashlib
 import json
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save_file
+from safetensors.torch import save as tensor_bytes
 from torch import Tensor
 
-from lrvd_pyro.storage.atomic import sync
+from lrvd_pyro.storage.atomic import written_file
 
 __all__ = ["FORMAT", "read", "write"]
 
@@ -33,6 +32,7 @@ def write(path: Path, tree: object) -> None:
         TypeError: If the tree holds anything but dicts, lists, tuples, numbers, texts,
             None and tensors.
         ValueError: If ``path`` is a folder.
+        OSError: If the disk is full or read-only, or the file cannot be written.
     """
     if path.is_dir():
         raise ValueError(
@@ -43,16 +43,9 @@ def write(path: Path, tree: object) -> None:
     content = json.dumps(_pack(tree, tensors))
     header = {"format": FORMAT, "version": str(_VERSION), "content": content}
     header["hash"] = _hash(content, tensors)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        save_file(tensors, partial, metadata=header)
-        # The data reach the disk before the name changes hands, and the name after it.
-        sync(partial)
-        os.replace(partial, path)
-        sync(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_file(path) as partial:
+        # Not by save_file, whose own temporary file would outlive a kill.
+        partial.write_bytes(tensor_bytes(tensors, header))
 
 
 def read(path: Path) -> tuple[Any, int]:

@@ -84,7 +84,9 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     assert (path / "notes.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("failing", ["write_tensors", "sync", "replace", "second"])
+@pytest.mark.parametrize(
+    "failing", ["write_tensors", "sync", "replace", "second", "third"]
+)
 def test_a_failed_write_leaves_the_folder_as_it_was(
     failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -96,7 +98,7 @@ def test_a_failed_write_leaves_the_folder_as_it_was(
 
     def fails(*args: Any) -> None:
         calls.append(args)
-        if failing != "second" or len(calls) == 2:
+        if {"second": 2, "third": 3}.get(failing, len(calls)) == len(calls):
             raise OSError("no space left")
         replace(*args)
 

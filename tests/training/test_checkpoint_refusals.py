@@ -263,11 +263,11 @@ def test_a_write_that_fails_leaves_the_previous_checkpoint_alone(
     run = runs.begun(path, steps=1)
     whole = path.read_bytes()
 
-    def full(tensors: Any, partial: Path, **_: Any) -> None:
-        partial.write_bytes(b"some")
+    def full(partial: Path, content: bytes) -> None:
+        partial.write_text("some")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(packed, "save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="no space"):
         checkpoint(path, **run)
     assert path.read_bytes() == whole and [*path.parent.iterdir()] == [path]
