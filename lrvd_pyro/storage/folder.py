@@ -91,6 +91,7 @@ def save(path: AnyPath, model: RankModel, guide: nn.Module) -> Path:
             model or has no parameters yet; or if the adapter alone does not make the
             network.
         RuntimeError: If the adapter is merged, disabled, inactive or deleted.
+        OSError: If the disk is full or read-only; ``path`` stays as it was.
     """
     paired(model, guide)
     if not isinstance(model, RankModel):

@@ -96,6 +96,7 @@ def checkpoint(
         ValueError: If the guide has no parameters yet; if the optimizer holds other
             parameters, or a restored state that no step has used yet; or if ``path`` is
             a folder.
+        OSError: If the disk is full or read-only; ``path`` stays as it was.
     """
     kinds = kinds_of(model, guide, optimizer, elbo, sampler, schedule)
     tensors = stored_tensors(model, guide)

@@ -194,7 +194,7 @@ def test_a_name_that_does_not_reach_the_disk_is_an_error_without_leftovers(
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_parent_that_is_a_file_is_no_file_in_the_way(tmp_path: Path) -> None:
+def test_a_parent_that_is_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=f"exists: '{tmp_path}/file'"):
         write(tmp_path / "file" / "deep" / "run", "one")

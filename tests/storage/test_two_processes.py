@@ -237,6 +237,38 @@ def test_a_reader_beside_two_writers_sees_one_version(
     assert len(seen) == 60
 
 
+def test_a_folder_that_is_aside_for_a_moment_is_not_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, aside = tmp_path / "run", tmp_path / "aside"
+    write(path, "old")
+    recover = atomic._recover
+    looks = []
+
+    def moved_after_the_first_look(target: Path) -> bool:
+        looks.append(target)
+        there = recover(target)
+        os.rename(*((path, aside) if len(looks) == 1 else (aside, path)))
+        return there or len(looks) == 2
+
+    monkeypatch.setattr(atomic, "_recover", moved_after_the_first_look)
+    assert read(path) == "old" and len(looks) == 2
+
+
+def test_a_reader_leaves_nothing_open(tmp_path: Path) -> None:
+    def next_handle() -> int:
+        handle = os.open(os.devnull, os.O_RDONLY)
+        os.close(handle)
+        return handle
+
+    write(tmp_path / "run", "old")
+    before = next_handle()
+    read(tmp_path / "run")
+    with pytest.raises(ValueError, match="fourth is missing"):
+        read_folder(tmp_path / "run", [*NAMES, "fourth"])
+    assert next_handle() == before
+
+
 def test_files_are_those_of_the_folder_that_was_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
