@@ -5,12 +5,13 @@ A saved folder holds
 - ``adapter_config.json`` and ``adapter_model.safetensors``: the mean adapter as PEFT
   itself would write it, without the rest of the posterior;
 - ``lrvd_config.json``: format and versions; model, prior, likelihood and guide by class
-  name with their arguments; the number of data, the modules and ranks, and the
-  fingerprint of the base;
+  name with their arguments; the number of data, the modules and ranks; the fingerprint
+  of the base, and the hash of every file;
 - ``lrvd_posterior.safetensors``: A, B and the head as they train, and the parameters of
   guide, prior and likelihood.
 
-Nothing is pickled, so a folder from a stranger runs no code.
+Nothing is pickled, no name is imported, and every entry is checked before it is used.
+So a folder from a stranger runs no code.
 """
 
 import json
@@ -161,7 +162,10 @@ def load(
         TypeError: If ``net`` is already a PEFT model.
         ValueError: If a file is missing, is damaged, has a newer format or does not fit
             the others; if ``net`` is another base; or if an object must be passed, or
-            is not the one that was saved.
+            is not the one that was saved. Network and generators have not changed then.
+
+    Warns:
+        UserWarning: If the folder is of an earlier version, whose files have no hashes.
     """
     folder = Path(path)
     files = read_folder(folder, _FILES)

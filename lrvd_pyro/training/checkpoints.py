@@ -162,11 +162,14 @@ def resume(
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged or has a newer format; if it is from another
-            base, model, guide or optimizer; or if other objects are given. Nothing has
-            changed then.
+            base, model, guide or optimizer; or if other objects are given. Network,
+            guide, optimizer and generators have not changed then.
         TypeError: If guide, optimizer, elbo or a state are of a kind that `checkpoint`
             refuses.
         RuntimeError: If ranks were removed and the adapter is merged or disabled.
+
+    Warns:
+        UserWarning: If the file is of an earlier version, without a hash.
     """
     path = Path(path).resolve()
     kinds = kinds_of(model, guide, optimizer, elbo, sampler, schedule)
