@@ -45,7 +45,10 @@ from lrvd_pyro.storage.config import (
     read_config,
 )
 from lrvd_pyro.storage.export import plain_adapter
-from lrvd_pyro.storage.fingerprint import check_base
+from lrvd_pyro.storage.fingerprint import (
+    compare_base,
+    refuse_adapters,
+)
 from lrvd_pyro.storage.peft_files import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -118,6 +121,7 @@ def load(
     likelihood: Likelihood | None = None,
     guide: Callable[[RankModel], nn.Module] | None = None,
     weight_prior: torch.distributions.Distribution | None = None,
+    check_base: bool = True,
 ) -> tuple[RankModel, Any]:
     """Read the model and guide of a folder that `save` wrote, to predict or to train.
 
@@ -146,6 +150,9 @@ def load(
             in the function.
         weight_prior: The model's weight prior, if it is not a distribution with scalar
             parameters.
+        check_base: Whether to compare names, shapes and values of the base with those
+            that were saved. False takes any base to which the adapter fits, such as
+            full precision after training on 8 or 4 bits.
 
     Returns:
         The model and the guide.
@@ -161,7 +168,9 @@ def load(
     config = read_config(folder / _CONFIG)
     saved = parted(read_tensors(folder / _POSTERIOR), config["format"])
     adapter_config = _read_adapter_config(folder)
-    check_base(folder, net, config, saved["net"])
+    refuse_adapters(net)
+    if check_base:
+        compare_base(folder, net, config, saved["net"])
     given: dict[str, Any] = {
         "prior": build(folder, config, "prior", prior, priors),
         "likelihood": build(folder, config, "likelihood", likelihood, likelihoods),

@@ -1,7 +1,7 @@
 """An adapter in PEFT's own terms: its names, its config, its files."""
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -125,6 +125,9 @@ def adapted(
         net: The base network, without PEFT.
         config: The config that `lrvd_pyro.save` wrote.
         stored: PEFT's own config from the same folder.
+
+    Raises:
+        ValueError: If the network lacks a module that the adapter changes.
     """
     ranks = dict(zip(config["modules"], config["ranks"], strict=True))
     scalings = dict(zip(config["modules"], config["scalings"], strict=True))
@@ -141,6 +144,7 @@ def adapted(
     trainable = [p for p in net.parameters() if p.requires_grad]
     peft_net = get_peft_model(net, lora, config["adapter"])
     try:
+        _refuse_missing(peft_net, scalings)
         for name, scaling in scalings.items():
             layer: Any = peft_net.get_submodule(PREFIX + name)
             # alpha / r rounds; the saved scaling keeps predictions bit for bit.
@@ -155,6 +159,16 @@ def adapted(
         for parameter in trainable:  # get_peft_model has frozen them
             parameter.requires_grad_(True)
         raise
+
+
+def _refuse_missing(net: PeftModel, modules: Iterable[str]) -> None:
+    there = {name for name, _ in plain_net(net).named_modules()}
+    if missing := sorted({*modules} - there):
+        raise ValueError(
+            f"net, a {type(plain_net(net)).__name__}, lacks {len(missing)} modules "
+            f"that the saved adapter changes, {missing[:3]}; pass a network of the "
+            f"class and depth that was saved"
+        )
 
 
 def _whole(alpha: float) -> float:
