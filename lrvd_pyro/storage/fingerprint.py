@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lrvd_pyro._compat.transformers import tied_names
 from lrvd_pyro.rank_space.find import plain_net
-from lrvd_pyro.storage.peft_files import plain_name
+from lrvd_pyro.rank_space.names import is_adapters, plain_name
+from lrvd_pyro.storage.embeddings import way_out
 
 __all__ = [
     "Fingerprint",
@@ -79,7 +80,7 @@ def compare_base(
             f"{'; '.join(unlike[:3])} ({len(unlike)} differences); pass that base, "
             f"made by the same from_pretrained(...) with the same options. To load it "
             f"all the same, as onto another precision: load(path, net, "
-            f"check_base=False)"
+            f"check_base=False){way_out(net, unlike)}"
         )
 
 
@@ -109,7 +110,7 @@ def differences(
 def _parameters(net: nn.Module) -> dict[str, nn.Parameter]:
     """The base's own parameters by their names without PEFT."""
     named = plain_net(net).named_parameters(remove_duplicate=False)
-    return {plain_name(full): each for full, each in named if not _is_adapters(full)}
+    return {plain_name(full): each for full, each in named if not is_adapters(full)}
 
 
 def _with_second_names(
@@ -123,12 +124,6 @@ def _with_second_names(
     again = {name for name, parameter in present.items() if parameter in shared}
     tied = tied_names(plain_net(net)).items()
     return {*known, *again, *(name for name, first in tied if first in known)}
-
-
-def _is_adapters(name: str) -> bool:
-    """Whether a parameter in PEFT's network belongs to an adapter, by its full name."""
-    own = ("modules_to_save", "lora_", "trainable_tokens_")
-    return any(part.startswith(own) for part in name.split("."))
 
 
 def _sketch(parameter: nn.Parameter) -> dict[str, Any]:

@@ -7,8 +7,8 @@ A saved folder holds
 - ``lrvd_config.json``: format and versions; model, prior, likelihood and guide by class
   name with their arguments; the number of data, the modules and ranks, and the
   fingerprint of the base;
-- ``lrvd_posterior.safetensors``: A, B and the head as they train, and the parameters of
-  guide, prior and likelihood.
+- ``lrvd_posterior.safetensors``: A, B and the head as they train, the running
+  statistics of the base, and the parameters of guide, prior and likelihood.
 
 Nothing is pickled, so a folder from a stranger runs no code.
 """
@@ -27,6 +27,7 @@ from lrvd_pyro.inference.pairs import paired
 from lrvd_pyro.likelihoods import Likelihood
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.priors import Prior
+from lrvd_pyro.rank_space.base_buffers import base_buffers
 from lrvd_pyro.rank_space.center import center_at
 from lrvd_pyro.storage.atomic import (
     AnyPath,
@@ -44,6 +45,11 @@ from lrvd_pyro.storage.config import (
     parted,
     read_config,
 )
+from lrvd_pyro.storage.embeddings import (
+    embeddings,
+    refuse_other_rows,
+    resized_embeddings,
+)
 from lrvd_pyro.storage.export import plain_adapter
 from lrvd_pyro.storage.fingerprint import (
     compare_base,
@@ -54,9 +60,11 @@ from lrvd_pyro.storage.peft_files import (
     ADAPTER_CONFIG,
     adapted,
     adapter_state,
+    plain_name,
     write_adapter,
     write_tensors,
 )
+from lrvd_pyro.storage.refusals import warn_of_moved_buffers
 
 __all__ = ["load", "save"]
 
@@ -103,7 +111,9 @@ def save(path: AnyPath, model: RankModel, guide: nn.Module) -> Path:
         )
     model.latent_sites()  # a prior may make its tensors when it first runs
     adapter = plain_adapter(model, guide, drop=False)
+    warn_of_moved_buffers(model)
     parts = _parts(model, guide)
+    parts["base"] |= resized_embeddings(model.base_net)
     config = json.dumps(config_of(model, guide, parts), indent=2)
     with written_whole(path, {ADAPTER_CONFIG, ADAPTER, _CONFIG, _POSTERIOR}) as folder:
         write_adapter(folder, *adapter, model.base_net)
@@ -169,8 +179,11 @@ def load(
     saved = parted(read_tensors(folder / _POSTERIOR), config["format"])
     adapter_config = _read_adapter_config(folder)
     refuse_adapters(net)
+    with_adapter = {plain_name(name): tensor for name, tensor in saved["net"].items()}
     if check_base:
-        compare_base(folder, net, config, saved["net"])
+        with_adapter = saved["base"] | with_adapter
+        compare_base(folder, net, config, with_adapter)
+    refuse_other_rows(folder, net, with_adapter)
     given: dict[str, Any] = {
         "prior": build(folder, config, "prior", prior, priors),
         "likelihood": build(folder, config, "likelihood", likelihood, likelihoods),
@@ -185,7 +198,11 @@ def load(
             center_at(loaded.space, torch.zeros(loaded.space.size))
         loaded.latent_sites()  # a prior may make its tensors when it first runs
         its_guide = build_guide(folder, config, guide, loaded)
-        _restore(folder, _parts(loaded, its_guide), saved, set(config["frozen"]))
+        parts = _parts(loaded, its_guide)
+        own = embeddings(peft_net).items()
+        parts["base"] |= {name: part for name, part in own if name in saved["base"]}
+        _match_base(parts, saved, strict=check_base)
+        _restore(folder, parts, saved, set(config["frozen"]))
     return loaded, its_guide
 
 
@@ -195,6 +212,7 @@ def _parts(model: RankModel, guide: nn.Module) -> Parts:
     # A guide that holds its model as a child has the base among its own parameters.
     whole = set(net.state_dict(keep_vars=True).values())
     parts: Parts = {"net": adapter_state(net, model.space.adapter)}
+    parts["base"] = base_buffers(net)
     for part in ("prior", "likelihood"):
         parts[part] = _state(getattr(model, part))
     parts["guide"] = {n: t for n, t in _state(guide).items() if t not in whole}
@@ -205,6 +223,20 @@ def _parts(model: RankModel, guide: nn.Module) -> Parts:
         if not name.startswith(elsewhere)
     }
     return parts
+
+
+def _match_base(parts: Parts, saved: Parts, *, strict: bool) -> None:
+    """Leave out tensors of the base that are not to be restored, in place.
+
+    Folders of version 0.1 have none. Another base, as one that is not quantized, may
+    have others: then those that fit are restored.
+    """
+    mine, theirs = parts["base"], saved["base"]
+    both = mine.keys() & theirs.keys()
+    fitting = {name for name in both if mine[name].shape == theirs[name].shape}
+    if not (strict and theirs):
+        parts["base"] = {name: mine[name] for name in fitting}
+        saved["base"] = {name: theirs[name] for name in fitting}
 
 
 def _state(module: object) -> Tensors:
@@ -244,6 +276,8 @@ def _restore(folder: Path, parts: Parts, saved: Parts, frozen: set[str]) -> None
         )
     for name, tensor in present.items():
         # By .data, for the precision that was saved: copy_ would keep the present one.
-        tensor.data = stored[name].to(tensor.device)
+        # The base keeps its own.
+        dtype = tensor.dtype if name.startswith("base.") else stored[name].dtype
+        tensor.data = stored[name].to(tensor.device, dtype)
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(name not in frozen)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.rank_space.constant import give_bias, hold_constant
 from lrvd_pyro.rank_space.find import PREFIX, plain_net
+from lrvd_pyro.rank_space.names import plain_name
 
 __all__ = [
     "ADAPTER",
@@ -30,14 +31,6 @@ __all__ = [
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER = "adapter_model.safetensors"
-# PEFT keeps a wrapped layer, a head, and an embedding of which tokens train by these.
-_WRAPPERS = ("base_layer", "original_module", "token_adapter")
-
-
-def plain_name(name: str) -> str:
-    """The name that a parameter or module has in the network without PEFT."""
-    parts = name.removeprefix(PREFIX).split(".")
-    return ".".join(part for part in parts if part not in _WRAPPERS)
 
 
 def module_names(net: nn.Module) -> list[str]:

@@ -17,6 +17,7 @@ from lrvd_pyro.rank_space.center import center_at, center_of
 from lrvd_pyro.rank_space.find import plain_net
 from lrvd_pyro.rank_space.removal import Cuts
 from lrvd_pyro.selection.removal import check_pair
+from lrvd_pyro.storage.embeddings import way_out
 from lrvd_pyro.storage.fingerprint import Fingerprint, differences, fingerprint
 from lrvd_pyro.storage.peft_files import adapter_state, plain_name
 
@@ -191,6 +192,7 @@ def compare_base(path: Path, model: RankModel, saved: Fingerprint) -> None:
             f"{path} was trained on another base: {some(unlike)}. Make net on that one,"
             f" by the same from_pretrained(...), and call resume again; to go on with "
             f"this base all the same: resume(..., check_base=False)"
+            f"{way_out(model.base_net, unlike)}"
         )
 
 
