@@ -46,7 +46,10 @@ def embeddings(net: nn.Module) -> dict[str, Tensor]:
     base = plain_net(net)
     if not isinstance(base, PreTrainedModel):
         return {}
-    ends = {base.get_input_embeddings(), base.get_output_embeddings()}
+    try:
+        ends = {base.get_input_embeddings(), base.get_output_embeddings()}
+    except NotImplementedError:  # a network that reads no tokens
+        return {}
     return {
         plain_name(f"{name}.{key}"): parameter
         for name, module in base.named_modules()

@@ -105,6 +105,15 @@ def test_an_adapter_without_running_statistics_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_those_of_a_network_of_transformers_come_back(tmp_path: Path) -> None:
+    batch = images()
+    modules = {"target_modules": ["convolution"], "modules_to_save": ["classifier"]}
+    pair = trained(resnet(), batch, **modules)
+    with pytest.warns(UserWarning, match="18 buffers"):
+        path = save(tmp_path / "run", *pair)
+    same_predictions(pair, load(path, resnet()), without_labels(batch))
+
+
 def test_a_merged_network_has_the_running_statistics(tmp_path: Path) -> None:
     batch = images()
     modules = {"target_modules": ["convolution"], "modules_to_save": ["classifier"]}
