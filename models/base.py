@@ -32,6 +32,7 @@ from lrvd_pyro.models.factors import Factors, SiteLabels
 from lrvd_pyro.models.inputs import copied
 from lrvd_pyro.models.rows import RowCheck
 from lrvd_pyro.models.training_checks import TrainingChecks
+from lrvd_pyro.rank_space.base_buffers import copied_buffers
 from lrvd_pyro.rank_space.cuts import named_cuts
 from lrvd_pyro.rank_space.removal import Cuts
 from lrvd_pyro.rank_space.rows import Side
@@ -118,8 +119,8 @@ class RankModel(UniqueModule):
         # Last, since the space puts hooks on the network.
         self.space, self.sides = RankSpace(net, adapter, sides=sides), sides
         self.net = net
-        self._training_checks = TrainingChecks()
-        self._rows = RowCheck()
+        self.first_buffers = copied_buffers(net)  # adapters are for the base as it was
+        self._training_checks, self._rows = TrainingChecks(), RowCheck()
 
     @property
     @abstractmethod

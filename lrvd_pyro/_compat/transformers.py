@@ -13,6 +13,7 @@ __all__ = [
     "forget_adapters",
     "is_from_checkpoint",
     "set_checkpointing_function",
+    "tied_names",
 ]
 
 _FUNCTION = "_gradient_checkpointing_func"
@@ -66,3 +67,11 @@ def is_from_checkpoint(parameter: nn.Parameter) -> bool:
     Private, since ``output_loading_info`` tells it only to the caller that loads.
     """
     return bool(getattr(parameter, "_is_hf_initialized", False))
+
+
+def tied_names(net: nn.Module) -> dict[str, str]:
+    """The names of parameters that a network ties, each with that of the first one.
+
+    Private, since no documented name tells it once the parameters lie on disk.
+    """
+    return getattr(net, "all_tied_weights_keys", {})

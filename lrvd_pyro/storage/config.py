@@ -39,8 +39,9 @@ from lrvd_pyro.storage.spec import describe
 __all__ = ["Parts", "Tensors", "config_of", "joined", "parted", "read_config"]
 
 Tensors = dict[str, Tensor]  # by name
-Parts = dict[str, Tensors]  # by "net", "model", "prior", "likelihood" or "guide"
+Parts = dict[str, Tensors]  # by "net", "base", "model", "prior", "likelihood", "guide"
 
+_PARTS = ("net", "base", "model", "prior", "likelihood")
 _FORMAT = 3
 _HASHED = 3  # the first format with hashes of the files
 _MOST_LAYERS = 10_000
@@ -77,6 +78,7 @@ _checked = record(
 def config_of(model: RankModel, guide: nn.Module, parts: Parts) -> dict[str, Any]:
     """Describe a model and its guide, without their tensors, for `save` to write."""
     space, net = model.space, model.base_net
+    with_adapter = {plain_name(n) for part in ("net", "base") for n in parts[part]}
     objects: dict[str, Any] = {
         "model": describe(model, models),
         "prior": None if model.prior is None else describe(model.prior, priors),
@@ -103,7 +105,7 @@ def config_of(model: RankModel, guide: nn.Module, parts: Parts) -> dict[str, Any
         "layer_replication": live_config(model).layer_replication,
         "origin": space.origin,
         "frozen": [name for name, t in joined(parts).items() if _is_frozen(t)],
-        "base": fingerprint(net, {plain_name(name) for name in parts["net"]}),
+        "base": fingerprint(net, with_adapter),
     }
 
 
@@ -199,7 +201,7 @@ def joined(parts: Parts) -> Tensors:
 
 def parted(tensors: Mapping[str, Tensor], format: int) -> Parts:
     """The inverse of `joined`, with names of the present format."""
-    parts: Parts = {part: {} for part in ("net", "model", "prior", "likelihood")}
+    parts: Parts = {part: {} for part in _PARTS}
     for name, tensor in tensors.items():
         part, _, rest = name.partition(".")
         if format == 1 and rest.endswith(".centre"):

@@ -6,13 +6,14 @@ is exact for DoRA too, whose norm depends on ``scaling B A`` alone.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.utils import TrainableTokensWrapper
 from torch import Tensor, nn
 
 from lrvd_pyro._compat.peft import unloaded
@@ -25,6 +26,8 @@ from lrvd_pyro.models.inputs import copied
 from lrvd_pyro.predictive.predictive import posterior_mean
 from lrvd_pyro.rank_space.find import plain_net
 from lrvd_pyro.storage.atomic import AnyPath, written_whole
+from lrvd_pyro.storage.embeddings import resized_embeddings
+from lrvd_pyro.storage.fresh_base import fresh_base
 from lrvd_pyro.storage.mean_adapter import (
     MeanModule,
     is_nothing,
@@ -41,6 +44,7 @@ from lrvd_pyro.storage.peft_files import (
 )
 from lrvd_pyro.storage.refusals import (
     refuse_merging_shared,
+    refuse_moved_buffers,
     refuse_other_adapters,
     refuse_what_no_adapter_holds,
 )
@@ -83,17 +87,19 @@ def export_peft(
         guide: Its guide.
         mode: "pruned", "padded" or "merged".
         probe: A batch for a trial. Before ``path`` exists, plain PEFT or Transformers
-            loads the export, and its logits are compared with the model's.
+            loads the export onto the base as it was before training, and its logits are
+            compared with the model's.
 
     Returns:
         The path.
 
     Raises:
         ValueError: If ``path`` is not empty; if nothing is left to export; if the
-            adapter alone does not make the network; if "merged" meets a bias and a
-            layer without one, or a weight that two modules share; or if the probe's
-            logits differ by more than 1e-5 of the largest (2e-2 in half precision,
-            autocast too). Nothing is written then.
+            adapter alone does not make the network, as when running statistics of the
+            base moved; if "merged" meets a bias and a layer without one, or a weight
+            that two modules share; if the local folder that the network came from holds
+            another base; or if the probe's logits differ by more than 1e-5 of the
+            largest (2e-2 in half precision, autocast too). Nothing is written then.
         TypeError: If a layer cannot be padded, or "merged" meets a network that is not
             a Transformers one.
         RuntimeError: If the adapter is merged, disabled, inactive or deleted.
@@ -101,6 +107,8 @@ def export_peft(
     if mode not in ("pruned", "padded", "merged"):
         raise ValueError(f'mode={mode!r}; expected "pruned", "padded" or "merged"')
     refuse_other_adapters(model)
+    if mode != "merged":
+        refuse_moved_buffers(model)
     with written_whole(path) as folder:
         if mode == "merged":
             merge(model, guide).save_pretrained(folder)
@@ -145,7 +153,7 @@ def plain_adapter(
     for name in means:
         for part in _PARTS:
             tensors.pop(f"{PREFIX}{name}.{part}", None)
-    tensors |= _lora_tensors(left, ranks)
+    tensors = _embedding_tensors(net, left) | tensors | _lora_tensors(left, ranks)
     # vLLM ignores both patterns and takes one lora_alpha / r: with alpha = r in every
     # module it is right all the same.
     config = lora_config(live_config(model), ranks, ranks, module_names(net))
@@ -188,6 +196,18 @@ def merge(model: RankModel, guide: Guide) -> Any:
     return unloaded(twin, [adapter])
 
 
+def _embedding_tensors(net: nn.Module, left: Collection[str]) -> dict[str, Tensor]:
+    """The embeddings that the base's files lack, by the names that PEFT looks for."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in resized_embeddings(net).items():
+        layer, _, part = name.rpartition(".")
+        inner = "base_layer." if layer in left else ""
+        if isinstance(plain_net(net).get_submodule(layer), TrainableTokensWrapper):
+            inner = "token_adapter.base_layer."
+        tensors[f"{PREFIX}{layer}.{inner}{part}"] = tensor
+    return tensors
+
+
 def _lora_tensors(
     left: Mapping[str, MeanModule], ranks: Mapping[str, int]
 ) -> dict[str, Tensor]:
@@ -206,14 +226,16 @@ def _compare(
     """Raise unless a written folder gives the logits of the mean adapter."""
     net = model.base_net
     inputs = without_labels(probe)
-    device = next(net.parameters()).device.type
+    device = next(net.parameters()).device
     with evaluating(model), torch.no_grad():
-        with posterior_mean(model, guide), _autocasts(net, device) as seen:
+        with posterior_mean(model, guide), _autocasts(net, device.type) as seen:
             expected = model.predictions(**inputs)
-        loaded = _reload(folder, net, mode).eval()
+        # Whoever loads draws what the files do not hold, and then overwrites it.
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            loaded = _reload(folder, model, mode).eval()
         # Accelerate's autocast stands in the forward of the network that it prepared,
         # which the export does not have.
-        with torch.autocast(device, next(iter(seen), None), enabled=bool(seen)):
+        with torch.autocast(device.type, next(iter(seen), None), enabled=bool(seen)):
             output = loaded(**copied(inputs))
     error = float((getattr(output, "logits", output) - expected).abs().max())
     largest = float(expected.abs().max())
@@ -246,9 +268,9 @@ def _autocasts(net: nn.Module, device: str) -> Iterator[set[torch.dtype]]:
             hook.remove()
 
 
-def _reload(folder: Path, net: nn.Module, mode: _Mode) -> nn.Module:
-    """Load an export by plain Transformers, or by plain PEFT on a copy of the base."""
-    base: Any = plain_net(net)
+def _reload(folder: Path, model: RankModel, mode: _Mode) -> nn.Module:
+    """Load an export by plain Transformers, or by plain PEFT on a fresh base."""
+    base: Any = plain_net(model.base_net)
     if mode == "merged":
         # Another attention kernel or precision would round its logits differently.
         attention = attention_implementation(base)
@@ -256,5 +278,5 @@ def _reload(folder: Path, net: nn.Module, mode: _Mode) -> nn.Module:
             folder, dtype=base.dtype, attn_implementation=attention
         )
         return loaded.to(base.device)
-    plain: PeftModel = PeftModel.from_pretrained(unloaded(copy.deepcopy(net)), folder)
+    plain: PeftModel = PeftModel.from_pretrained(fresh_base(model), folder)
     return plain

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lrvd_pyro.storage.config import Parts, joined
-from lrvd_pyro.storage.peft_files import PREFIX, module_names
+from lrvd_pyro.storage.peft_files import PREFIX
 from lrvd_pyro.storage.schema import short
 
 __all__ = ["check_fit", "unlike"]
@@ -18,9 +18,8 @@ def check_fit(
     folder: Path,
     config: Mapping[str, Any],
     parts: Parts,
-    net: nn.Module,
 ) -> None:
-    """Raise unless a network has the saved modules, and the tensors their ranks.
+    """Raise unless the tensors have the ranks of the config.
 
     Nothing has been allocated for the ranks by then.
 
@@ -28,20 +27,11 @@ def check_fit(
         folder: The folder, for messages.
         config: The config that `save` wrote.
         parts: Its tensors, by part and name.
-        net: The base network.
 
     Raises:
         ValueError: With what does not fit.
     """
     ranks = dict(zip(config["modules"], config["ranks"], strict=True))
-    known = {*module_names(net)}
-    names = [*ranks, *config["constants"]]
-    strange = [name for name in names if name not in known]
-    if strange and not config["layer_replication"]:  # which makes layers of new names
-        raise ValueError(
-            f"{folder} has an adapter on {short(strange)}, which net lacks; pass the "
-            f"base that it was saved from"
-        )
     if unknown := {*config["frozen"]} - {*joined(parts)}:
         raise ValueError(
             f"{folder} lacks {short(sorted(unknown))}, of which it says that they do "

@@ -7,8 +7,8 @@ A saved folder holds
 - ``lrvd_config.json``: format and versions; model, prior, likelihood and guide by class
   name with their arguments; the number of data, the modules and ranks; the fingerprint
   of the base, and the hash of every file;
-- ``lrvd_posterior.safetensors``: A, B and the head as they train, and the parameters of
-  guide, prior and likelihood.
+- ``lrvd_posterior.safetensors``: A, B and the head as they train, the running
+  statistics of the base, and the parameters of guide, prior and likelihood.
 
 Nothing is pickled, no name is imported, and every entry is checked before it is used.
 So a folder from a stranger runs no code.
@@ -27,6 +27,7 @@ from lrvd_pyro.inference.pairs import paired
 from lrvd_pyro.likelihoods import Likelihood
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.priors import Prior
+from lrvd_pyro.rank_space.base_buffers import base_buffers
 from lrvd_pyro.rank_space.center import center_at
 from lrvd_pyro.storage.atomic import (
     AnyPath,
@@ -44,8 +45,13 @@ from lrvd_pyro.storage.config import (
     parted,
     read_config,
 )
+from lrvd_pyro.storage.embeddings import (
+    embeddings,
+    refuse_other_rows,
+    resized_embeddings,
+)
 from lrvd_pyro.storage.export import plain_adapter
-from lrvd_pyro.storage.fingerprint import check_base
+from lrvd_pyro.storage.fingerprint import compare_base, refuse_adapters
 from lrvd_pyro.storage.fit import check_fit, unlike
 from lrvd_pyro.storage.hashes import CONFIG, seal
 from lrvd_pyro.storage.peft_config import read_adapter_config
@@ -54,9 +60,11 @@ from lrvd_pyro.storage.peft_files import (
     ADAPTER_CONFIG,
     adapted,
     adapter_state,
+    plain_name,
     write_adapter,
     write_tensors,
 )
+from lrvd_pyro.storage.refusals import warn_of_moved_buffers
 from lrvd_pyro.storage.schema import some
 from lrvd_pyro.storage.transaction import told_of, unchanged_on_error
 
@@ -107,7 +115,9 @@ def save(path: AnyPath, model: RankModel, guide: nn.Module) -> Path:
         )
     model.latent_sites()  # a prior may make its tensors when it first runs
     adapter = plain_adapter(model, guide, drop=False)
+    warn_of_moved_buffers(model)
     parts = _parts(model, guide)
+    parts["base"] |= resized_embeddings(model.base_net)
     config = json.dumps(config_of(model, guide, parts), indent=2)
     with written_whole(path, _FILES) as folder:
         write_adapter(folder, *adapter, model.base_net)
@@ -126,6 +136,7 @@ def load(
     likelihood: Likelihood | None = None,
     guide: Callable[[RankModel], nn.Module] | None = None,
     weight_prior: torch.distributions.Distribution | None = None,
+    check_base: bool = True,
 ) -> tuple[RankModel, Any]:
     """Read the model and guide of a folder that `save` wrote, to predict or to train.
 
@@ -154,6 +165,9 @@ def load(
             in the function.
         weight_prior: The model's weight prior, if it is not a distribution with scalar
             parameters.
+        check_base: Whether to compare names, shapes and values of the base with those
+            that were saved. False takes any base to which the adapter fits, such as
+            full precision after training on 8 or 4 bits.
 
     Returns:
         The model and the guide.
@@ -176,8 +190,13 @@ def load(
     adapter_config = read_adapter_config(
         folder / ADAPTER_CONFIG, stored, config["layer_replication"]
     )
-    check_base(folder, net, config, saved["net"])
-    check_fit(folder, config, saved, net)
+    refuse_adapters(net)
+    with_adapter = {plain_name(name): tensor for name, tensor in saved["net"].items()}
+    if check_base:
+        with_adapter = saved["base"] | with_adapter
+        compare_base(folder, net, config, with_adapter)
+    refuse_other_rows(folder, net, with_adapter)
+    check_fit(folder, config, saved)
     with unchanged_on_error(net), told_of(folder):
         given: dict[str, Any] = {
             "prior": build(folder, config, "prior", prior, priors),
@@ -193,7 +212,12 @@ def load(
             center_at(loaded.space, torch.zeros(loaded.space.size))
         loaded.latent_sites()  # a prior may make its tensors when it first runs
         its_guide = build_guide(folder, config, guide, loaded)
-        _restore(folder, _parts(loaded, its_guide), saved, set(config["frozen"]))
+        parts = _parts(loaded, its_guide)
+        own = embeddings(peft_net).items()
+        parts["base"] |= {name: part for name, part in own if name in saved["base"]}
+        if not check_base or config["format"] < 3:
+            _match_base(parts, saved)
+        _restore(folder, parts, saved, set(config["frozen"]))
     return loaded, its_guide
 
 
@@ -203,6 +227,7 @@ def _parts(model: RankModel, guide: nn.Module) -> Parts:
     # A guide that holds its model as a child has the base among its own parameters.
     whole = set(net.state_dict(keep_vars=True).values())
     parts: Parts = {"net": adapter_state(net, model.space.adapter)}
+    parts["base"] = base_buffers(net)
     for part in ("prior", "likelihood"):
         parts[part] = _state(getattr(model, part))
     parts["guide"] = {n: t for n, t in _state(guide).items() if t not in whole}
@@ -213,6 +238,19 @@ def _parts(model: RankModel, guide: nn.Module) -> Parts:
         if not name.startswith(elsewhere)
     }
     return parts
+
+
+def _match_base(parts: Parts, saved: Parts) -> None:
+    """Leave out tensors of the base that are not to be restored, in place.
+
+    Folders before format 3 have none. Another base, as one that is not quantized, may
+    have others: then those that fit are restored.
+    """
+    mine, theirs = parts["base"], saved["base"]
+    both = mine.keys() & theirs.keys()
+    fitting = {name for name in both if mine[name].shape == theirs[name].shape}
+    parts["base"] = {name: mine[name] for name in fitting}
+    saved["base"] = {name: theirs[name] for name in fitting}
 
 
 def _state(module: object) -> Tensors:
@@ -234,6 +272,8 @@ def _restore(folder: Path, parts: Parts, saved: Parts, frozen: set[str]) -> None
         )
     for name, tensor in present.items():
         # By .data, for the precision that was saved: copy_ would keep the present one.
-        tensor.data = stored[name].to(tensor.device)
+        # The base keeps its own.
+        dtype = tensor.dtype if name.startswith("base.") else stored[name].dtype
+        tensor.data = stored[name].to(tensor.device, dtype)
         if isinstance(tensor, nn.Parameter):
             tensor.requires_grad_(name not in frozen)

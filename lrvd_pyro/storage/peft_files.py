@@ -1,7 +1,7 @@
 """An adapter in PEFT's own terms: its names, its config, its files."""
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.rank_space.constant import give_bias, hold_constant
 from lrvd_pyro.rank_space.find import PREFIX, plain_net
+from lrvd_pyro.rank_space.names import plain_name
 
 __all__ = [
     "ADAPTER",
@@ -29,14 +30,6 @@ __all__ = [
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER = "adapter_model.safetensors"
-# PEFT keeps a wrapped layer, a head, and an embedding of which tokens train by these.
-_WRAPPERS = ("base_layer", "original_module", "token_adapter")
-
-
-def plain_name(name: str) -> str:
-    """The name that a parameter or module has in the network without PEFT."""
-    parts = name.removeprefix(PREFIX).split(".")
-    return ".".join(part for part in parts if part not in _WRAPPERS)
 
 
 def module_names(net: nn.Module) -> list[str]:
@@ -120,6 +113,9 @@ def adapted(net: nn.Module, config: Mapping[str, Any], stored: LoraConfig) -> Pe
         net: The base network, without PEFT.
         config: The config that `lrvd_pyro.save` wrote.
         stored: PEFT's own config from the same folder.
+
+    Raises:
+        ValueError: If the network lacks a module that the adapter changes.
     """
     ranks = dict(zip(config["modules"], config["ranks"], strict=True))
     scalings = dict(zip(config["modules"], config["scalings"], strict=True))
@@ -134,6 +130,7 @@ def adapted(net: nn.Module, config: Mapping[str, Any], stored: LoraConfig) -> Pe
     # PEFT makes a bias that trains; constant biases are given below.
     lora.lora_bias = stored.lora_bias and not config["constant_biases"]
     peft_net = get_peft_model(net, lora, config["adapter"])
+    _refuse_missing(peft_net, scalings)
     for name, scaling in scalings.items():
         layer: Any = peft_net.get_submodule(PREFIX + name)
         # alpha / r rounds; the saved scaling keeps predictions bit for bit.
@@ -143,6 +140,16 @@ def adapted(net: nn.Module, config: Mapping[str, Any], stored: LoraConfig) -> Pe
         if name in config["constants"]:
             hold_constant(layer, config["adapter"])
     return cast(PeftModel, peft_net)
+
+
+def _refuse_missing(net: PeftModel, modules: Iterable[str]) -> None:
+    there = {name for name, _ in plain_net(net).named_modules()}
+    if missing := sorted({*modules} - there):
+        raise ValueError(
+            f"net, a {type(plain_net(net)).__name__}, lacks {len(missing)} modules "
+            f"that the saved adapter changes, {missing[:3]}; pass a network of the "
+            f"class and depth that was saved"
+        )
 
 
 def _whole(alpha: float) -> float:

@@ -1,21 +1,26 @@
 """What keeps an adapter from being written: each refusal names the way out."""
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 
+import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.models.training_checks import moves_base
+from lrvd_pyro.rank_space.base_buffers import base_buffers
 from lrvd_pyro.rank_space.find import active_adapters, plain_net
 from lrvd_pyro.storage.peft_files import adapter_state, live_config, plain_name
 
 __all__ = [
     "refuse_merging_shared",
+    "refuse_moved_buffers",
     "refuse_other_adapters",
     "refuse_what_no_adapter_holds",
+    "warn_of_moved_buffers",
 ]
 
 
@@ -72,6 +77,37 @@ def refuse_merging_shared(model: RankModel) -> None:
                 f"update would change too; {way_out}, or untie the base's weights "
                 f"before get_peft_model"
             )
+
+
+def refuse_moved_buffers(model: RankModel) -> None:
+    """Raise a ValueError if the base has other buffers than when the model was made."""
+    if moved := _moved_buffers(model):
+        raise ValueError(
+            f"training moved {', '.join(moved[:3])} ({len(moved)} buffers) of the "
+            f"base, which an adapter for plain PEFT does not hold; use "
+            f'export_peft(..., mode="merged"), or train with their modules in '
+            f"evaluation mode, net.eval(), or with LoraConfig(modules_to_save=[...])"
+        )
+
+
+def warn_of_moved_buffers(model: RankModel) -> None:
+    """Warn the caller of `save` if plain PEFT will miss buffers that load restores."""
+    if moved := _moved_buffers(model):
+        warnings.warn(
+            f"training moved {', '.join(moved[:3])} ({len(moved)} buffers) of the "
+            f"base: lrvd_pyro.load restores them, and plain PEFT will load the folder "
+            f"without them",
+            stacklevel=3,
+        )
+
+
+def _moved_buffers(model: RankModel) -> list[str]:
+    first = model.first_buffers
+    return [
+        name
+        for name, buffer in base_buffers(model.base_net).items()
+        if name not in first or not torch.equal(first[name].to(buffer), buffer)
+    ]
 
 
 def _idle(net: nn.Module) -> Iterator[nn.Parameter]:

@@ -29,8 +29,8 @@ from lrvd_pyro.training.sampler import ResumableSampler
 from lrvd_pyro.training.tensors import (
     Layout,
     base_of,
-    check_base,
     check_layout,
+    compare_base,
     layout_of,
     ranks_left,
     room_for_centers,
@@ -130,6 +130,7 @@ def resume(
     elbo: RankELBO,
     sampler: Stateful | None = None,
     schedule: Stateful | Sequence[Stateful] | None = None,
+    check_base: bool = True,
 ) -> Any:
     """Restore what `checkpoint` wrote into objects made as for that run.
 
@@ -155,6 +156,8 @@ def resume(
         elbo: The loss.
         sampler: The sampler, if there was one.
         schedule: The schedules, of the same kinds and in the same order.
+        check_base: Whether to compare names, shapes and values of the frozen base with
+            those of the run. False goes on with any base to which the adapter fits.
 
     Returns:
         The ``extra`` of `checkpoint`.
@@ -190,7 +193,8 @@ def resume(
         present = stored_tensors(model, guide)
         keep = ranks_left(path, model, state["ranks"])
         staying = check_layout(path, model, guide, keep, present, layout)
-        check_base(path, model, state["base"])
+        if check_base:
+            compare_base(path, model, state["base"])
         # A bias that became a constant stays with the model and left the optimizer.
         trains = {name for name, (*_, trains) in layout.items() if trains}
         still = {n: t for n, t in staying.items() if n in trains or not t.requires_grad}

@@ -16,15 +16,16 @@ from lrvd_pyro.rank_space.center import center_at, center_of
 from lrvd_pyro.rank_space.find import plain_net
 from lrvd_pyro.rank_space.removal import Cuts
 from lrvd_pyro.selection.removal import check_pair
+from lrvd_pyro.storage.embeddings import way_out
 from lrvd_pyro.storage.fingerprint import Fingerprint, differences, fingerprint
-from lrvd_pyro.storage.peft_files import plain_name
+from lrvd_pyro.storage.peft_files import adapter_state, plain_name
 from lrvd_pyro.storage.schema import some
 
 __all__ = [
     "Layout",
     "base_of",
-    "check_base",
     "check_layout",
+    "compare_base",
     "layout_of",
     "ranks_left",
     "room_for_centers",
@@ -168,22 +169,29 @@ def check_layout(
 
 def base_of(model: RankModel) -> Fingerprint:
     """The fingerprint of the frozen base."""
-    base = plain_net(model.base_net)
-    named = base.named_parameters()
-    return fingerprint(base, {plain_name(n) for n, p in named if p.requires_grad})
+    return fingerprint(model.base_net, _trained(model))
 
 
-def check_base(path: Path, model: RankModel, saved: Fingerprint) -> None:
+def compare_base(path: Path, model: RankModel, saved: Fingerprint) -> None:
     """Raise unless the frozen base is the one that a checkpoint was trained on.
 
     Raises:
         ValueError: If it is another.
     """
-    if unlike := differences(base_of(model), saved):
+    if unlike := differences(model.base_net, saved, _trained(model)):
         raise ValueError(
             f"{path} was trained on another base: {some(unlike)}. Make net on that one,"
-            f" by the same from_pretrained(...), and call resume again"
+            f" by the same from_pretrained(...), and call resume again; to go on with "
+            f"this base all the same: resume(..., check_base=False)"
+            f"{way_out(model.base_net, unlike)}"
         )
+
+
+def _trained(model: RankModel) -> set[str]:
+    """The base's parameters that train, in place or as a copy, by their plain names."""
+    state = adapter_state(model.base_net, model.space.adapter)
+    named = [*plain_net(model.base_net).named_parameters(), *state.items()]
+    return {plain_name(name) for name, tensor in named if tensor.requires_grad}
 
 
 def _removal(

@@ -5,6 +5,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import bases
 import pyro
 import pytest
 import torch
@@ -356,3 +357,10 @@ def test_transformers_says_which_parameters_its_checkpoint_held(tmp_path: Path) 
     net.double().half()
     for name, parameter in net.named_parameters():
         assert transformers.is_from_checkpoint(parameter) == (name not in new)
+
+
+def test_a_network_tells_what_it_ties() -> None:
+    tied = transformers.tied_names(bases.gpt2())
+    assert tied == {"lm_head.weight": "transformer.wte.weight"}
+    assert transformers.tied_names(bases.gpt2(tied=False)) == {}
+    assert transformers.tied_names(torch.nn.Linear(1, 1)) == {}

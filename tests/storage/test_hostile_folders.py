@@ -187,7 +187,7 @@ def test_sizes_are_compared_before_memory_is_taken(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rank 3 in 'hidden', and as its lora_A a ten"):
         lrvd.load(path, base)
     lrvd_config(path, ranks=[4, 4], modules=["hidden", "elsewhere"])
-    with pytest.raises(ValueError, match=r"an adapter on \['elsewhere'\], which net l"):
+    with pytest.raises(ValueError, match="lora_A None; expected that many rows"):
         lrvd.load(path, base)
 
 
