@@ -143,6 +143,10 @@ def _in_folder(damage: Callable[[Path, Random], str]) -> Mutation:
     )
 
 
+def _to_file(damage: Callable[[Path, Random], str]) -> Mutation:
+    return lambda path, other, rng: damage(path, rng)
+
+
 def swapped(folder: Path, other: Path, rng: Random) -> str:
     """A file of another run."""
     name = rng.choice(CONFIGS + TENSORS)
@@ -150,27 +154,33 @@ def swapped(folder: Path, other: Path, rng: Random) -> str:
     return name
 
 
-def _config_edit(edit: Edit, name: str = "") -> Mutation:
-    def mutate(folder: Path, other: Path, rng: Random) -> str:
-        path = folder / (name or rng.choice(CONFIGS[:1] * 3 + CONFIGS[1:]))
-        content, told = edit(json.loads(path.read_text()), rng)
-        path.write_text(json.dumps(content).replace(json.dumps(TWIN)[1:-1], ""))
-        seal(folder)
-        return f"{path.name}: {told}"
-
-    return mutate
+def read(path: Path, file: str) -> Any:
+    """The tree in a file of a folder, or without a name in a checkpoint."""
+    if not file:
+        return tree_file.read(path)[0]
+    inner = path / file
+    return load_file(inner) if file in TENSORS else json.loads(inner.read_text())
 
 
-def _posterior_edit(edit: Edit) -> Mutation:
-    def mutate(folder: Path, other: Path, rng: Random) -> str:
-        path = folder / rng.choice(TENSORS[:1] * 4 + TENSORS[1:])
-        tensors, told = edit(load_file(path), rng)
-        copies = {name: t.clone().contiguous() for name, t in tensors.items()}
-        save_file(copies, path, metadata={"format": "pt"})
-        seal(folder)
-        return f"{path.name}: {told}"
+def rewrite(path: Path, file: str, edit: Edit, rng: Random) -> str:
+    """Edit a file of a folder, or a checkpoint, and seal it again."""
+    tree, told = edit(read(path, file), rng)
+    if not file:
+        tree_file.write(path, tree)
+        return told
+    if file in TENSORS:
+        copies = {name: t.clone().contiguous() for name, t in tree.items()}
+        save_file(copies, path / file, metadata={"format": "pt"})
+    else:
+        text = json.dumps(tree).replace(json.dumps(TWIN)[1:-1], "")
+        (path / file).write_text(text)
+    seal(path)
+    return f"{file}: {told}"
 
-    return mutate
+
+def _edited(edit: Edit, *files: str) -> Mutation:
+    """An edit of one of some files; one that is named more often is hit more often."""
+    return lambda path, other, rng: rewrite(path, rng.choice(files), edit, rng)
 
 
 def field(config: dict[str, Any], rng: Random) -> tuple[dict[str, Any], str]:
@@ -210,15 +220,6 @@ def seal_text(folder: Path) -> None:
         pass
 
 
-def _checkpoint_edit(edit: Edit) -> Mutation:
-    def mutate(path: Path, other: Path, rng: Random) -> str:
-        tree, told = edit(tree_file.read(path)[0], rng)
-        tree_file.write(path, tree)
-        return told
-
-    return mutate
-
-
 def spliced(path: Path, other: Path, rng: Random) -> str:
     """The words of one run, the tensors of another."""
     with safe_open(path, "pt") as file:
@@ -251,19 +252,22 @@ DAMAGE = {*FILE_DAMAGE, "file of another run", "tensors of another run"}
 FOLDER: dict[str, Mutation] = {
     **{kind: _in_folder(damage) for kind, damage in FILE_DAMAGE.items()},
     "file of another run": swapped,
-    **{kind: _config_edit(edit) for kind, edit in TREE_EDITS.items()},
-    **{kind: _posterior_edit(edit) for kind, edit in TENSOR_EDITS.items()},
-    "PEFT's fields": _config_edit(field, "adapter_config.json"),
-    "distributions": _config_edit(description, "lrvd_config.json"),
+    **{
+        kind: _edited(edit, *CONFIGS[:1] * 3, CONFIGS[1])
+        for kind, edit in TREE_EDITS.items()
+    },
+    **{
+        kind: _edited(edit, *TENSORS[:1] * 4, TENSORS[1])
+        for kind, edit in TENSOR_EDITS.items()
+    },
+    "PEFT's fields": _edited(field, "adapter_config.json"),
+    "distributions": _edited(description, "lrvd_config.json"),
     "nested deeply": nested,
 }
 CHECKPOINT: dict[str, Mutation] = {
-    **{
-        kind: lambda path, other, rng, damage=damage: damage(path, rng)  # type: ignore[misc]
-        for kind, damage in FILE_DAMAGE.items()
-    },
+    **{kind: _to_file(damage) for kind, damage in FILE_DAMAGE.items()},
     "tensors of another run": spliced,
-    **{kind: _checkpoint_edit(edit) for kind, edit in TREE_EDITS.items()},
-    **{kind: _checkpoint_edit(edit) for kind, edit in TENSOR_EDITS.items()},
+    **{kind: _edited(edit, "") for kind, edit in TREE_EDITS.items()},
+    **{kind: _edited(edit, "") for kind, edit in TENSOR_EDITS.items()},
     "header": header,
 }

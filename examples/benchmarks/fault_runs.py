@@ -22,6 +22,8 @@ from transformers import BertConfig, BertForSequenceClassification
 import lrvd_pyro as lrvd
 from lrvd_pyro.guides import RankDiagonal, TiedDiagonal
 from lrvd_pyro.models import FactorLoRA, GateLoRA
+from lrvd_pyro.rank_space.find import plain_net
+from lrvd_pyro.storage.peft_files import plain_name
 
 DATA = 24
 STEPS = 5  # of a stored run; "pruned" loses ranks after 3
@@ -48,6 +50,7 @@ def bert() -> nn.Module:
     """A classifier of two layers, whose names and layers PEFT knows."""
     sizes: dict[str, Any] = {"hidden_size": 8, "num_hidden_layers": 2, "num_labels": 3}
     sizes |= {"num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 20}
+    sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = BertConfig(max_position_embeddings=8, **sizes)
     return BertForSequenceClassification(config)
 
@@ -158,7 +161,7 @@ def step(name: str, run: Run) -> float:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        result = float(loss)
+        result = float(loss.detach())
     else:
         result = float(SVI(model, guide, optimizer, loss=elbo).step(**data))
     for each in run["schedule"]:
@@ -197,6 +200,16 @@ def module_state(root: nn.Module) -> dict[str, Any]:
             for name, m in root.named_modules()
         },
         "tensors": {name: [t, t.requires_grad] for name, t in tensors},
+    }
+
+
+def base_state(net: nn.Module) -> dict[str, str]:
+    """The parameters that no adapter has, by their names without PEFT."""
+    own = ("lora_", "modules_to_save", "trainable_tokens_")
+    return {
+        plain_name(name): _text(parameter)
+        for name, parameter in plain_net(net).named_parameters(remove_duplicate=False)
+        if not any(part.startswith(own) for part in name.split("."))
     }
 
 
@@ -282,6 +295,6 @@ def _text(leaf: Any) -> str:
 
 
 @cache
-def reference(name: str, number: int = 1) -> Run:
-    """The run that is stored, trained once."""
-    return trained(name, number)
+def reference(name: str, number: int = 1, steps: int = STEPS) -> Run:
+    """A run that is trained once; a process that changes it does so for itself."""
+    return trained(name, number, steps)

@@ -162,7 +162,7 @@ def _tensor_edit(change: Callable[[Tensor, Random], Tensor]) -> Edit:
         if path[0] == "tensors" and rng.random() < 0.5:  # a checkpoint's layout agrees
             layout = (str(new.dtype), tuple(new.shape), tree["layout"][path[1]][2])
             tree = put(tree, ("layout", path[1]), layout)
-        told = f"{where(path)} as {new.dtype} {tuple(new.shape)}"
+        told = f"{where(path)} as {short(new)}"
         return put(tree, path, new), told
 
     return edit
@@ -240,9 +240,9 @@ def where(path: Path) -> str:
 
 
 def short(value: Any) -> str:
-    """A value in words, at most 40 letters."""
+    """A value in words, at most 100 letters."""
     if isinstance(value, int) and abs(value) > 2**64:
         return "10**400"
-    if isinstance(value, Tensor | dict | list | tuple):
-        return f"a {type(value).__name__} of {len(value)}"
-    return ascii(value)[:40]
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return ascii(value)[:100]

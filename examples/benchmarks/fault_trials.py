@@ -8,27 +8,24 @@
 - state changed: an error after which network, guide, optimizer, generators or folder
   are not as they were
 - silently wrong: damage that was accepted; or an edit that was accepted and left state
-  that is not finite, takes no step, or in a resumed run has other keys, types or shapes
+  that is not finite, takes no step, has another base, or in a resumed run other keys,
+  types or shapes
 - code executed, crashed, hung, memory: what the words say
 """
 
-import multiprocessing
-import os
-import random
-import resource
+import itertools
 import shutil
-import signal
 import sys
-import traceback
-import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
 from benchmarks import fault_runs as runs
 from benchmarks.fault_mutations import CHECKPOINT, DAMAGE, FOLDER, STRANGER, Mutation
+from benchmarks.fault_processes import Work, run
+from torch import nn
 
 import lrvd_pyro as lrvd
 
@@ -41,59 +38,20 @@ CLASSES: tuple[str, ...] = (
     "silently wrong",
 )
 CLASSES += ("code executed", "crashed", "hung", "memory")
-HARNESS = "the harness failed"
-SECONDS, BYTES = 20, 2 << 30
 NAMED = (ValueError, TypeError, RuntimeError)
 
 
-Work = Callable[[], tuple[str, str]]  # gives a class and words
+# An edit that an input has no place for, or that no file holds.
+UNWRITABLE = (LookupError, RuntimeError, TypeError, ValueError)
 
 
 class Outcome(NamedTuple):
-    """What came of a trial."""
+    """What came of a trial: its class, and the input and error in words."""
 
     function: str
     kind: str
     label: str
-    told: str  # the input, and the error if there was one
-
-
-def _run(work: Work) -> tuple[str, str]:
-    context: Any = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    sys.stdout.flush()
-    child = context.Process(target=_child, args=(work, sender), daemon=False)
-    child.start()
-    sender.close()
-    found = "hung", f"more than {SECONDS} s"
-    if receiver.poll(SECONDS):
-        try:
-            found = receiver.recv()
-        except EOFError:
-            child.join()
-            number = child.exitcode or 0
-            found = "crashed", signal.Signals(-number).name if number < 0 else "exit"
-    child.kill()
-    child.join()
-    if found[0] == HARNESS:
-        raise AssertionError(found[1])
-    return found
-
-
-def _child(work: Work, sender: Any) -> None:
-    warnings.simplefilter("ignore")
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 1)
-    os.dup2(quiet, 2)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + BYTES
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    try:
-        sender.send(work())
-    except MemoryError:
-        sender.send(("memory", "MemoryError"))
-    except BaseException:
-        sender.send((HARNESS, traceback.format_exc()))
+    told: str
 
 
 def labeled(error: BaseException, names: set[str]) -> str:
@@ -123,8 +81,9 @@ class Kind(NamedTuple):
 
 
 class Restoring(NamedTuple):
-    """A trial: the state before, a call that may fail, and the state after."""
+    """A network, what a failure may not change, the call, and what it restores."""
 
+    net: nn.Module
     state: Callable[[], Any]
     call: Callable[[], runs.Run]
     result: Callable[[runs.Run], Any]
@@ -141,33 +100,35 @@ def loading(path: Path, name: str, steps: int) -> Restoring:
     def state() -> Any:
         return [runs.module_state(net), runs.random_state()]
 
-    return Restoring(state, call, lambda r: runs.pair_state(r["model"], r["guide"]))
+    def result(run: runs.Run) -> Any:
+        return runs.pair_state(run["model"], run["guide"])
+
+    return Restoring(net, state, call, result)
 
 
 def resuming(path: Path, name: str, steps: int) -> Restoring:
     """`resume` into a run at another moment."""
-    run = runs.trained(name, 2, steps)
+    run = runs.reference(name, 2, steps)
 
     def call() -> runs.Run:
         lrvd.resume(path, **run)
         return run
 
-    return Restoring(lambda: runs.state_of(run), call, runs.state_of)
+    net = run["model"].base_net
+    return Restoring(net, lambda: runs.state_of(run), call, runs.state_of)
+
+
+def _save(path: Path, run: runs.Run) -> None:
+    lrvd.save(path, run["model"], run["guide"])
+
+
+def _checkpoint(path: Path, run: runs.Run) -> None:
+    lrvd.checkpoint(path, **run)
 
 
 KINDS = {
-    "load": Kind(
-        lambda path, run: lrvd.save(path, run["model"], run["guide"]),
-        loading,
-        FOLDER,
-        "",
-    ),
-    "resume": Kind(
-        lambda path, run: lrvd.checkpoint(path, **run),
-        resuming,
-        CHECKPOINT,
-        ".safetensors",
-    ),
+    "load": Kind(_save, loading, FOLDER, ""),
+    "resume": Kind(_checkpoint, resuming, CHECKPOINT, ".safetensors"),
 }
 
 
@@ -194,7 +155,7 @@ def accepted(name: str, restoring: Restoring, run: runs.Run) -> Accepted:
 @cache
 def expected(function: str, path: Path, name: str) -> Accepted:
     """What an untouched input leads to."""
-    restoring = KINDS[function].restore(path, name, 1)
+    restoring = KINDS[function].restore(path, name, 2)  # no trial takes two steps
     return accepted(name, restoring, restoring.call())
 
 
@@ -204,7 +165,7 @@ def judged(
     """Restore a hostile input, and give the class of what came of it."""
     path, original = paths
     restoring = KINDS[function].restore(path, name, steps)
-    before = runs.bits(restoring.state())
+    base, before = runs.base_state(restoring.net), runs.bits(restoring.state())
     try:
         run = restoring.call()
     except BaseException as error:
@@ -213,14 +174,15 @@ def judged(
             return "state changed", f"{shown(error)} | {changed[:3]} of {len(changed)}"
         inner = original.iterdir() if original.is_dir() else ()
         return labeled(error, {path.name, *(p.name for p in inner)}), shown(error)
+    rebuilt = runs.base_state(restoring.net) != base
     found, right = accepted(name, restoring, run), expected(function, original, name)
-    if found == right:
+    if found == right and not rebuilt:
         return "same", ""
     unlike = [k for k in right.state if found.state.get(k) != right.state[k]]
     told = f"{unlike[:3]} of {len(unlike)}, then {found.after[-200:]}"
     unsound = sorted(found.unsound - right.unsound)
     like = runs.structure(found.state) == runs.structure(right.state)
-    broken = _fails(found.after) or (function == "resume" and not like)
+    broken = rebuilt or _fails(found.after) or (function == "resume" and not like)
     if kind in DAMAGE or unsound or broken:
         return "silently wrong", f"not finite: {unsound[:3]}; unlike: {told}"
     return "valid", told
@@ -253,43 +215,47 @@ class Bench:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     kind.write(path, runs.reference(name, number))
                 expected(function, self.original(function, name, 1), name)
+                for steps in (0, 1):  # before the processes of the trials begin
+                    runs.reference(name, 2, steps)
 
     def original(self, function: str, name: str, number: int) -> Path:
         """Where an untouched input lies."""
-        suffix = KINDS[function].suffix
-        return self.folder / function / str(number) / f"{name}{suffix}"
+        # No word of a message that names no file.
+        file = f"{name}_stored{KINDS[function].suffix}"
+        return self.folder / function / str(number) / file
 
     def run(self, work: Work) -> tuple[str, str]:
         """Do some work in a child; its class and words."""
-        found = _run(work)
+        found = run(work)
         if self.trace.exists():
             self.trace.unlink()
             return "code executed", found[1]
         return found
 
-    def trial(self, function: str, kind: str, rng: Random) -> Outcome:
-        """Write a hostile input and see what comes of it."""
-        name = rng.choice(self.names)
+    def trial(
+        self, function: str, kind: str, name: str, mutate: Mutation, rng: Random
+    ) -> Outcome:
+        """Write a hostile input of a run and see what comes of it."""
         one, other = (self.original(function, name, number) for number in (1, 2))
         path = self.folder / "trial" / one.name
         shutil.rmtree(path.parent, ignore_errors=True)
         path.parent.mkdir()
         (shutil.copytree if one.is_dir() else shutil.copy)(one, path)
-        told = KINDS[function].mutations[kind](path, other, rng)
-        steps = rng.choice([0, 1])
-        label, words = self.run(
-            lambda: judged(function, kind, name, (path, one), steps)
-        )
+        told = mutate(path, other, rng)
+        given = (function, kind, name, (path, one), rng.choice([0, 1]))
+        label, words = self.run(partial(judged, *given))
         return Outcome(function, kind, label, f"{name}: {told} -> {words}")
 
     def trials(self, function: str, count: int, seed: int) -> list[Outcome]:
         """As many trials, the kinds in turn."""
-        rng = random.Random(f"{function} {seed}")
+        rng = Random(f"{function} {seed}")
         found: list[Outcome] = []
-        kinds = [*KINDS[function].mutations]
-        while len(found) < count:
+        for kind, mutate in itertools.cycle(KINDS[function].mutations.items()):
+            if len(found) == count:
+                break
             try:
-                found.append(self.trial(function, kinds[len(found) % len(kinds)], rng))
-            except (LookupError, RuntimeError, TypeError, ValueError):
-                continue  # an edit that this input has no place for, or no file holds
+                name = rng.choice(self.names)
+                found.append(self.trial(function, kind, name, mutate, rng))
+            except UNWRITABLE:
+                continue
         return found

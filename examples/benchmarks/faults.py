@@ -22,15 +22,19 @@ from pathlib import Path
 
 import torch
 from benchmarks import fault_exports, fault_writes
+from benchmarks.fault_sweep import swept
 from benchmarks.fault_trials import CLASSES, KINDS, Bench, Outcome
 from benchmarks.measuring import versions
 
 RESULTS = Path(__file__).parent / "results" / "faults.md"
 NEVER = ("state changed", "silently wrong", "code executed", "crashed")
+SWEPT = "gates"  # the run whose every entry is changed
 POOR = 0.02  # the largest share of poor errors
 
 
-def outcomes(seed: int, count: int, kills: int, others: int) -> list[Outcome]:
+def outcomes(
+    seed: int, count: int, kills: int, others: int, sweeps: bool
+) -> list[Outcome]:
     """All trials of a seed.
 
     Args:
@@ -38,11 +42,14 @@ def outcomes(seed: int, count: int, kills: int, others: int) -> list[Outcome]:
         count: Hostile inputs of each function.
         kills: Kills of each writer.
         others: Trials of each other situation of each writer.
+        sweeps: Also change every entry of the formats.
     """
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
         found = [each for f in KINDS for each in bench.trials(f, count, seed)]
         found += fault_exports.trials(bench, count, seed)
+        if sweeps:
+            found += swept(bench, SWEPT)
         return found + fault_writes.trials(bench, kills, others, seed)
 
 
@@ -77,13 +84,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=500, help="inputs a function")
     parser.add_argument("--kills", type=int, default=60, help="kills a function")
     parser.add_argument("--others", type=int, default=10, help="of other situations")
+    parser.add_argument("--sweep", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, default=RESULTS, help="a Markdown file")
     parser.add_argument("--log", type=Path, help="a file for every outcome")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     numbers = options.count, options.kills, options.others
-    found = [each for seed in options.seeds for each in outcomes(seed, *numbers)]
+    found = [
+        each
+        for seed in options.seeds
+        # No seed changes a sweep.
+        for each in outcomes(seed, *numbers, options.sweep and seed == options.seeds[0])
+    ]
     given = shlex.join(sys.argv[1:] if argv is None else argv)
     known = ", ".join(f"{name} {value}" for name, value in versions().items())
     text = [f"# {__doc__.splitlines()[0]}", f"By `faults.py {given}`; {known}."]

@@ -14,6 +14,7 @@ import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 KILLS, OTHERS = 5, 1
+STRIDES = {"load": 13, "resume": 23}
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork"),
@@ -57,6 +58,41 @@ def kinds(function: str) -> list[str]:
     from benchmarks import fault_trials
 
     return [*fault_trials.KINDS[function].mutations]
+
+
+@pytest.mark.parametrize("function", ["load", "resume"])
+def test_an_entry_that_is_gone_or_of_another_kind_is_refused(
+    function: str, bench: Any
+) -> None:
+    from benchmarks import fault_sweep
+
+    path = bench.original(function, "gates", 1)
+    some = [*fault_sweep.changes(function, path)][:: STRIDES[function]]
+    found = fault_sweep.sweep(bench, function, "gates", some)
+    assert len(found) >= 25
+    assert not failures(found)
+
+
+def test_no_field_and_no_distribution_of_a_stranger_does_harm(bench: Any) -> None:
+    from benchmarks import fault_sweep
+
+    them = fault_sweep.strangers(bench.original("load", "gates", 1))
+    found = fault_sweep.sweep(bench, "load", "gates", them)
+    assert len(found) > 50
+    assert not failures(found)
+
+
+def test_a_sweep_changes_every_key(bench: Any) -> None:
+    from benchmarks import fault_mutations, fault_sweep
+
+    path = bench.original("resume", "gates", 1)
+    deleted = {
+        each.place for each in fault_sweep.changes("resume", path) if each.value is ...
+    }
+    tree = fault_mutations.read(path, "")
+    assert {(key,) for key in tree} <= deleted
+    assert {("tensors", key) for key in tree["tensors"]} <= deleted
+    assert {("random", "python", 1, 624)} <= deleted
 
 
 def test_an_export_of_a_hostile_state_is_refused_and_leaves_no_trace(
@@ -115,9 +151,9 @@ def test_a_process_that_dies_hangs_or_swells_is_counted(
     bench: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from benchmarks import fault_trials
+    from benchmarks import fault_processes
 
-    monkeypatch.setattr(fault_trials, "SECONDS", 2)
+    monkeypatch.setattr(fault_processes, "SECONDS", 2)
     assert bench.run(work)[0] == label
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
 
@@ -204,6 +240,20 @@ def test_what_is_accepted_is_judged_by_its_state(
         return model, guide
 
     assert judged_with(load, bench, monkeypatch, kind)[0] == label
+
+
+def test_a_base_that_was_rebuilt_is_silently_wrong(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lrvd_pyro
+
+    real = lrvd_pyro.load
+
+    def load(path: Path, net: Any) -> Any:
+        net.deeper = net.norm  # the same parameters once more
+        return real(path, net)
+
+    assert judged_with(load, bench, monkeypatch, "name")[0] == "silently wrong"
 
 
 def test_every_outcome_stands_in_the_table(
