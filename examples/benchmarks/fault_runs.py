@@ -268,15 +268,14 @@ def bits(value: Any) -> dict[str, str]:
     return {path: _text(leaf) for path, leaf in leaves(value)}
 
 
-def structure(found: dict[str, str]) -> dict[str, str]:
-    """Of `bits`: keys, types, data types and shapes, without the values."""
-    return {
-        path: text if text[:5] == "list " else _kind(text)
-        for path, text in found.items()
-    }
+def structure(found: dict[str, str], parts: tuple[str, ...]) -> dict[str, str]:
+    """Of `bits` below some paths: keys, types and shapes, without the values."""
+    return {path: _kind(text) for path, text in found.items() if path.startswith(parts)}
 
 
 def _kind(text: str) -> str:
+    if text.startswith("list "):  # the keys of a dict
+        return text
     return text.rpartition(" ")[0] if text[:6] == "torch." else text.partition(" ")[0]
 
 

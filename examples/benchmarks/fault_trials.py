@@ -8,8 +8,8 @@
 - state changed: an error after which network, guide, optimizer, generators or folder
   are not as they were
 - silently wrong: damage that was accepted; or an edit that was accepted and left state
-  that is not finite, takes no step, has another base, or in a resumed run other keys,
-  types or shapes
+  that is not finite, takes no step, has another base, or other keys, types or shapes
+  than a resumed run, or the ranks of a model, can have
 - code executed, crashed, hung, memory: what the words say
 """
 
@@ -181,8 +181,10 @@ def judged(
     unlike = [k for k in right.state if found.state.get(k) != right.state[k]]
     told = f"{unlike[:3]} of {len(unlike)}, then {found.after[-200:]}"
     unsound = sorted(found.unsound - right.unsound)
-    like = runs.structure(found.state) == runs.structure(right.state)
-    broken = rebuilt or _fails(found.after) or (function == "resume" and not like)
+    # Of a loaded model these alone have the types and lengths of before.
+    parts = ("/ranks", "/num_data") if function == "load" else ("",)
+    like = runs.structure(found.state, parts) == runs.structure(right.state, parts)
+    broken = rebuilt or _fails(found.after) or not like
     if kind in DAMAGE or unsound or broken:
         return "silently wrong", f"not finite: {unsound[:3]}; unlike: {told}"
     return "valid", told
