@@ -287,3 +287,21 @@ def test_nodes_that_are_none_are_named(
     with pytest.warns(UserWarning, match="without a hash"):
         with pytest.raises(ValueError, match=f"is damaged: {message}"):
             resume(path, **started("svi"))
+
+
+def test_a_history_with_ranks_that_are_gone_is_resumed(tmp_path: Path) -> None:
+    """Their log alpha is NaN."""
+    path = tmp_path / "run.safetensors"
+    run = runs.fresh("svi")
+    run["schedule"] += [lrvd.RankHistory(run["guide"])]
+    history = run["schedule"][-1]
+    history.record(0)
+    runs.train(run | {"schedule": run["schedule"][:-1]}, 7)
+    history.record(7)
+    assert history.log_alpha.isnan().any()
+    checkpoint(path, **run)
+    new = started("svi")
+    new["schedule"] += [lrvd.RankHistory(new["guide"])]
+    resume(path, **new)
+    found = new["schedule"][-1].log_alpha
+    torch.testing.assert_close(found, history.log_alpha, equal_nan=True)
