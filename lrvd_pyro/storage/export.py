@@ -27,6 +27,7 @@ from lrvd_pyro.predictive.predictive import posterior_mean
 from lrvd_pyro.rank_space.find import plain_net
 from lrvd_pyro.storage.atomic import AnyPath, written_whole
 from lrvd_pyro.storage.embeddings import resized_embeddings
+from lrvd_pyro.storage.fit import refuse_infinite
 from lrvd_pyro.storage.fresh_base import fresh_base
 from lrvd_pyro.storage.mean_adapter import (
     MeanModule,
@@ -48,6 +49,7 @@ from lrvd_pyro.storage.refusals import (
     refuse_other_adapters,
     refuse_what_no_adapter_holds,
 )
+from lrvd_pyro.storage.transaction import told_of, unchanged_on_error
 
 __all__ = ["export_peft", "merge", "plain_adapter"]
 
@@ -109,11 +111,18 @@ def export_peft(
     refuse_other_adapters(model)
     if mode != "merged":
         refuse_moved_buffers(model)
-    with written_whole(path) as folder:
+    with (
+        unchanged_on_error(model, guide),
+        told_of(Path(path)),
+        written_whole(path) as folder,
+    ):
         if mode == "merged":
-            merge(model, guide).save_pretrained(folder)
+            merged = merge(model, guide)
+            refuse_infinite(merged.state_dict())
+            merged.save_pretrained(folder)
         else:
             config, tensors = plain_adapter(model, guide, uniform=mode == "padded")
+            refuse_infinite(tensors)
             write_adapter(folder, config, tensors, model.base_net)
         if probe is not None:
             _compare(folder, model, guide, mode, probe)

@@ -1,4 +1,4 @@
-"""Whether a folder's tensors and config fit each other and a network."""
+"""Whether tensors fit a folder's config, and the model that they are for."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,16 +9,12 @@ from torch import Tensor
 
 from lrvd_pyro.storage.config import Parts, joined
 from lrvd_pyro.storage.peft_files import PREFIX
-from lrvd_pyro.storage.schema import short
+from lrvd_pyro.storage.schema import short, some
 
-__all__ = ["check_fit", "unlike"]
+__all__ = ["check_fit", "refuse_infinite", "unlike"]
 
 
-def check_fit(
-    folder: Path,
-    config: Mapping[str, Any],
-    parts: Parts,
-) -> None:
+def check_fit(folder: Path, config: Mapping[str, Any], parts: Parts) -> None:
     """Raise unless the tensors have the ranks of the config.
 
     Nothing has been allocated for the ranks by then.
@@ -45,6 +41,20 @@ def check_fit(
                 f"{short(tensor)}; expected that many rows: write the folder again, "
                 f"save(path, model, guide)"
             )
+
+
+def refuse_infinite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError if a tensor that is to be written has NaN or infinity.
+
+    Nobody could load it, and an earlier file, which is whole, would be lost.
+    """
+    names = [n for n, t in tensors.items() if not bool(torch.isfinite(t).all())]
+    if names:
+        raise ValueError(
+            f"{some(names)}: NaN or infinity; expected finite numbers. Nothing was "
+            f"written. Go back to where the run was sound: load(path, net) or "
+            f"resume(path, ...)"
+        )
 
 
 def unlike(saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> list[str]:

@@ -52,7 +52,7 @@ from lrvd_pyro.storage.embeddings import (
 )
 from lrvd_pyro.storage.export import plain_adapter
 from lrvd_pyro.storage.fingerprint import compare_base, refuse_adapters
-from lrvd_pyro.storage.fit import check_fit, unlike
+from lrvd_pyro.storage.fit import check_fit, refuse_infinite, unlike
 from lrvd_pyro.storage.hashes import CONFIG, seal
 from lrvd_pyro.storage.peft_config import read_adapter_config
 from lrvd_pyro.storage.peft_files import (
@@ -97,8 +97,8 @@ def save(path: AnyPath, model: RankModel, guide: nn.Module) -> Path:
     Raises:
         TypeError: If ``model`` is not a `RankModel`, or the guide is a function.
         ValueError: If the folder holds other files; if the guide belongs to another
-            model or has no parameters yet; or if the adapter alone does not make the
-            network.
+            model or has no parameters yet; if a tensor has NaN or infinity; or if the
+            adapter alone does not make the network.
         RuntimeError: If the adapter is merged, disabled, inactive or deleted.
         OSError: If the disk is full or read-only; ``path`` stays as it was.
     """
@@ -118,6 +118,7 @@ def save(path: AnyPath, model: RankModel, guide: nn.Module) -> Path:
     warn_of_moved_buffers(model)
     parts = _parts(model, guide)
     parts["base"] |= resized_embeddings(model.base_net)
+    refuse_infinite(joined(parts))
     config = json.dumps(config_of(model, guide, parts), indent=2)
     with written_whole(path, _FILES) as folder:
         write_adapter(folder, *adapter, model.base_net)

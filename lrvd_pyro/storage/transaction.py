@@ -57,7 +57,7 @@ def told_of(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         if str(path) not in str(error):
-            error.add_note(f"while reading {path}")
+            error.add_note(f"while reading or writing {path}")
         raise
 
 

@@ -14,6 +14,7 @@ from lrvd_pyro.inference.elbo import RankELBO
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.optim import Optimizer
 from lrvd_pyro.selection.removal import select
+from lrvd_pyro.storage.fit import refuse_infinite
 from lrvd_pyro.storage.transaction import told_of, unchanged_on_error
 from lrvd_pyro.training import tree_file
 from lrvd_pyro.training.kinds import Stateful, check_kinds, kinds_of, listed
@@ -93,13 +94,15 @@ def checkpoint(
 
     Raises:
         TypeError: If guide, optimizer, elbo or a state cannot be stored.
-        ValueError: If the guide has no parameters yet; if the optimizer holds other
+        ValueError: If the guide has no parameters yet; if a tensor of model or guide
+            has NaN or infinity; if the optimizer holds other
             parameters, or a restored state that no step has used yet; or if ``path`` is
             a folder.
         OSError: If the disk is full or read-only; ``path`` stays as it was.
     """
     kinds = kinds_of(model, guide, optimizer, elbo, sampler, schedule)
     tensors = stored_tensors(model, guide)
+    refuse_infinite(tensors)
     space = model.space
     state = {
         "kinds": kinds,

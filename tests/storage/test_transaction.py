@@ -90,7 +90,7 @@ def test_an_error_tells_what_was_read() -> None:
     with pytest.raises(Stop) as told:
         with told_of(Path("run")):
             raise Stop
-    assert told.value.__notes__ == ["while reading run"]
+    assert told.value.__notes__ == ["while reading or writing run"]
     with pytest.raises(Stop) as named:
         with told_of(Path("run")):
             raise Stop("run is damaged")

@@ -162,7 +162,7 @@ def test_a_users_own_error_leaves_the_run_as_it_was(steps: int, tmp_path: Path) 
     before = runs.everything(new | {"schedule": schedules[:-1]})
     with pytest.raises(KeyError, match="mine") as told:
         resume(path, **new)
-    assert f"while reading {path}" in told.value.__notes__
+    assert f"while reading or writing {path}" in told.value.__notes__
     assert runs.everything(new | {"schedule": schedules[:-1]}) == before
     runs.train(new | {"schedule": schedules[:-1]}, 3)
     found = lrvd.predict(new["model"], new["guide"], [{"x": runs.data()[0]}], 2)
