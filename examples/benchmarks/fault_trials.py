@@ -56,7 +56,7 @@ class Outcome(NamedTuple):
 
 def labeled(error: BaseException, names: set[str]) -> str:
     """The class of an error after which nothing has changed."""
-    text = str(error)
+    text = "\n".join([str(error), *getattr(error, "__notes__", ())])
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return "memory"
     own = type(error).__module__.startswith("lrvd_pyro")

@@ -28,6 +28,8 @@ from benchmarks.fault_scenes import (
 )
 from benchmarks.fault_trials import Bench, Outcome, labeled, shown
 
+from lrvd_pyro.storage import scratch
+
 
 def _start(work: Callable[[], object], pipe: Any = None) -> Any:
     def guarded() -> None:
@@ -64,6 +66,7 @@ def killed(scene: Scene, rng: Random) -> Verdict:
     child.kill()
     child.join()
     found = scene.verdict()
+    scratch._DAY = -1.0  # what a killed writer left is swept after a day
     if scene.function == "export":  # the killed one is written again
         for path in scene.path.parent.iterdir():
             if path.name[0] != ".":
@@ -91,8 +94,8 @@ def _failing(
     except BaseException as raised:
         error = raised
     mend()
+    after = runs.bits(runs.state_of(written))  # before what reading draws
     found = [scene.verdict(1 if error else 2), scene.left_behind()]
-    after = runs.bits(runs.state_of(written))
     if error and (changed := [k for k in before if before[k] != after.get(k)]):
         found.append(("state changed", f"{changed[:3]} of the run"))
     if error is not None:

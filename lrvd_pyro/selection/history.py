@@ -103,8 +103,17 @@ class RankHistory:
         """Continue the history that `state_dict` was taken from.
 
         Raises:
-            ValueError: If the guide has rank components that the saved history lacks.
+            ValueError: If the guide has rank components that the saved history lacks,
+                or its records have other numbers of steps and components.
         """
+        steps, columns, places = (state[n] for n in ("steps", "columns", "coordinates"))
+        sizes = {len(columns), *map(len, places.values())}
+        if len(sizes) > 1 or state["log_alpha"].shape != (len(steps), len(columns)):
+            raise ValueError(
+                f"the saved history has {len(steps)} steps, {sorted(sizes)} components "
+                f"and log alpha of {tuple(state['log_alpha'].shape)}; expected steps x "
+                f"components: take the state_dict of a RankHistory"
+            )
         if foreign := set(self.guide.space.origin) - set(state["columns"]):
             raise ValueError(
                 f"the saved history lacks the rank components {sorted(foreign)} of "

@@ -57,6 +57,7 @@ _checked = record(
         "centered": flag,
         "constant_biases": flag,
         "constants": table_of(number),
+        "dtypes": table_of(text),
         "frozen": list_of(text),
         "layer_replication": optional(list_of(list_of(whole(0)))),
         "guide": _described,
@@ -105,6 +106,7 @@ def config_of(model: RankModel, guide: nn.Module, parts: Parts) -> dict[str, Any
         "layer_replication": live_config(model).layer_replication,
         "origin": space.origin,
         "frozen": [name for name, t in joined(parts).items() if _is_frozen(t)],
+        "dtypes": {name: str(t.dtype) for name, t in joined(parts).items()},
         "base": fingerprint(net, with_adapter),
     }
 
@@ -146,7 +148,9 @@ def read_config(folder: Path, files: Mapping[str, bytes]) -> dict[str, Any]:
     try:
         if version == 1:
             config = _from_format_1(config)
-        if version < _HASHED:  # PEFT's own file alone has it
+        if version < _HASHED:
+            config["dtypes"] = {}
+            # PEFT's own file alone has it.
             config["layer_replication"] = _replication(files)
         _checked(config, "")
         _check_together(config)
@@ -177,8 +181,9 @@ def _check_together(config: Mapping[str, Any]) -> None:
     if len(origin) != sum(ranks) or len({*origin}) < len(origin):
         expected = f"{sum(ranks)} different numbers, one for each rank component"
         raise Misfit("origin", origin, expected)
-    if not config["adapter"] or "." in config["adapter"]:
-        raise Misfit("adapter", config["adapter"], "a name without a dot")
+    adapter = config["adapter"]
+    if not adapter or "." in adapter or hasattr(nn.ModuleDict(), adapter):
+        raise Misfit("adapter", adapter, "a name that nn.ModuleDict takes")
     for span in config["layer_replication"] or ():
         if len(span) != 2 or not span[0] < span[1] <= _MOST_LAYERS:
             raise Misfit("layer_replication", span, "the first layer and the last + 1")

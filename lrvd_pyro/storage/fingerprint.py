@@ -165,5 +165,7 @@ def _alike(mine: dict[str, Any], theirs: dict[str, Any]) -> bool:
         return True
     exact = mine["dtype"] == theirs["dtype"]
     near = {"rel_tol": 0.0 if exact else 1e-2, "abs_tol": 0.0 if exact else 1e-6}
+    if len(mine["values"]) != len(theirs["values"]):
+        return False
     pairs = zip(mine["values"], theirs["values"], strict=True)
     return all(a == b or math.isclose(a, b, **near) for a, b in pairs)

@@ -33,6 +33,14 @@ def check_fit(folder: Path, config: Mapping[str, Any], parts: Parts) -> None:
             f"{folder} lacks {short(sorted(unknown))}, of which it says that they do "
             f"not train: write the folder again, save(path, model, guide)"
         )
+    dtypes = {name: str(tensor.dtype) for name, tensor in joined(parts).items()}
+    if config["dtypes"] and config["dtypes"] != dtypes:
+        differing = dict(config["dtypes"].items() ^ dtypes.items())
+        raise ValueError(
+            f"{folder} has tensors whose names or dtypes are not those of its config: "
+            f"{some(sorted(differing))}; write the folder again: save(path, model, "
+            f"guide)"
+        )
     for name, rank in ranks.items():
         tensor = parts["net"].get(f"{PREFIX}{name}.lora_A.weight")
         if tensor is None or tensor.dim() < 2 or len(tensor) != rank:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -129,7 +130,13 @@ def adapted(net: nn.Module, config: Mapping[str, Any], stored: LoraConfig) -> Pe
     lora.base_model_name_or_path = None
     # PEFT makes a bias that trains; constant biases are given below.
     lora.lora_bias = stored.lora_bias and not config["constant_biases"]
-    peft_net = get_peft_model(net, lora, config["adapter"])
+    try:
+        peft_net = get_peft_model(net, lora, config["adapter"])
+    except AttributeError as error:  # PEFT expects methods of a task's networks
+        raise ValueError(
+            f"PEFT cannot put the saved adapter on a {type(net).__name__}: {error}; "
+            f"pass the base that was saved"
+        ) from error
     _refuse_missing(peft_net, scalings)
     for name, scaling in scalings.items():
         layer: Any = peft_net.get_submodule(PREFIX + name)
@@ -143,7 +150,8 @@ def adapted(net: nn.Module, config: Mapping[str, Any], stored: LoraConfig) -> Pe
 
 
 def _refuse_missing(net: PeftModel, modules: Iterable[str]) -> None:
-    there = {name for name, _ in plain_net(net).named_modules()}
+    named = plain_net(net).named_modules()
+    there = {name for name, module in named if isinstance(module, LoraLayer)}
     if missing := sorted({*modules} - there):
         raise ValueError(
             f"net, a {type(plain_net(net)).__name__}, lacks {len(missing)} modules "

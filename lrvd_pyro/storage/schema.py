@@ -82,7 +82,7 @@ def number(value: object, place: str) -> None:
     """Accept a finite number; a whole one of 64 bits, as tensors take."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Misfit(place, value, "a number")
-    if not math.isfinite(value) or (isinstance(value, int) and abs(value) >= 2**63):
+    if not (abs(value) < 2**63 if isinstance(value, int) else math.isfinite(value)):
         raise Misfit(place, value, "a finite number")
 
 

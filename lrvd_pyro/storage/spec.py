@@ -121,7 +121,10 @@ def decode(value: object) -> Any:
     if "instance" in value:
         cls = _find(value["instance"])
         _check_parameters(cls, (), keywords)
-        return cls(**keywords)
+        try:
+            return cls(**keywords)
+        except Exception as error:
+            raise ValueError(f"{cls.__name__} of {keywords}: {error!r}") from error
     raise Unstorable(value.get("unstorable", value))
 
 

@@ -186,6 +186,8 @@ def resume(
     schedules = listed(schedule)
     check_kinds(path, state, kinds)
     check_form(path, state, elbo=elbo, sampler=sampler, schedules=schedules)
+    if version < 3:
+        _name_all_moments(state["optimizer"])
     layout: Layout = state["layout"]
     check_tensors(path, state["tensors"], layout)
     check_moments(path, optimizer, layout, state["optimizer"])
@@ -220,6 +222,12 @@ def resume(
         # Last, since a user's own load_state_dict may draw.
         set_random_state(state["random"])
     return state["extra"]
+
+
+def _name_all_moments(optimizer: dict[str, Any]) -> None:
+    """Add what checkpoints before version 3 left out: parameters without moments."""
+    names = [name for group in optimizer["groups"] for name in group["params"]]
+    optimizer["moments"] = dict.fromkeys(names, {}) | optimizer["moments"]
 
 
 def _from_version_1(state: dict[str, Any]) -> dict[str, Any]:

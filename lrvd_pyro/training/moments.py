@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lrvd_pyro.optim import AdamW, Optimizer
-from lrvd_pyro.storage.schema import Misfit, like, number, short
+from lrvd_pyro.storage.schema import Misfit, flag, like, number, optional, short
 from lrvd_pyro.training.tensors import Layout
 
 __all__ = ["check_moments"]
@@ -47,9 +47,10 @@ def check_moments(
             raise Misfit("params", sorted(strange), "names of what trains")
         if len(names) > len({*names}):
             raise Misfit("params", names, "each parameter once")
+        if saved["moments"].keys() != {*names}:
+            expected = "an entry for each parameter in the groups"
+            raise Misfit("moments", sorted(saved["moments"]), expected)
         for name, state in saved["moments"].items():
-            if name not in names:
-                raise Misfit("moments", name, "names of parameters in the groups")
             _check_state(state, layout[name][1], moments, f"moments[{name!r}]")
     except Misfit as error:
         raise ValueError(
@@ -61,6 +62,8 @@ def _check_group(group: dict[str, Any], usual: Any, place: str) -> None:
     rest = {name: value for name, value in group.items() if name != "params"}
     if usual is not None:
         like({n: v for n, v in usual.items() if n != "params"})(rest, place)
+    for name in rest.keys() & {"foreach", "fused"}:
+        optional(flag)(rest[name], f"{place}[{name!r}]")
     for name in rest.keys() & {*_RATES}:
         rates = rest[name] if isinstance(rest[name], list | tuple) else [rest[name]]
         for rate in rates:
@@ -72,24 +75,23 @@ def _check_group(group: dict[str, Any], usual: Any, place: str) -> None:
 def _check_state(
     state: Mapping[str, Any], shape: tuple[int, ...], usual: Any, place: str
 ) -> None:
-    if usual is not None and state.keys() != usual:
+    """Accept no moments, as before the first gradient, or all of the usual ones."""
+    if state and usual is not None and state.keys() != usual.keys():
         raise Misfit(place, sorted(state), f"{sorted(usual)}")
     for name, value in state.items():
+        where, shapes = f"{place}[{name!r}]", [(), tuple(shape)]
+        if usual is not None and isinstance(usual[name], Tensor):
+            shapes = [tuple(shape) if usual[name].dim() else ()]
         if not isinstance(value, Tensor):
-            like(value if value is None else 0.0)(value, f"{place}[{name!r}]")
-        elif (
-            not value.is_floating_point()
-            or value.numel() != 1
-            and (value.shape != torch.Size(shape))
-        ):
-            expected = f"floating point, a number or of shape {list(shape)}"
-            raise Misfit(f"{place}[{name!r}]", value, expected)
+            like(value if value is None else 0.0)(value, where)
+        elif not value.is_floating_point() or tuple(value.shape) not in shapes:
+            raise Misfit(where, value, f"floating point of shape {shapes}")
         elif not bool(torch.isfinite(value).all()):
-            raise Misfit(f"{place}[{name!r}]", short(value), "finite numbers")
+            raise Misfit(where, short(value), "finite numbers")
 
 
 def _usual(optimizer: Any) -> tuple[Any, Any]:
-    """The groups that an optimizer has, and the names of a parameter's moments.
+    """The groups that an optimizer has, and the moments of a number.
 
     None where they cannot be told: a class of one's own may take other arguments, or a
     closure in its step.
@@ -110,4 +112,4 @@ def _usual(optimizer: Any) -> tuple[Any, Any]:
         groups = live.param_groups
     else:
         groups = [{**trial.param_groups[0], **group} for group in optimizer.groups]
-    return groups, trial.state[weight].keys()
+    return groups, trial.state[weight]

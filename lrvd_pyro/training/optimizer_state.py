@@ -47,7 +47,8 @@ def optimizer_state(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> _Sta
         "groups": [
             {**group, "params": [names[p] for p in group["params"]]} for group in groups
         ],
-        "moments": {names[p]: optim.state[p] for p in held if p in optim.state}
+        # Empty before a parameter's first gradient.
+        "moments": {names[p]: optim.state.get(p, {}) for p in held}
         if optim is not None
         else {},
     }
@@ -124,8 +125,8 @@ def _torch_state(
         {**group, "params": [number[names[p]] for p in present["params"]]}
         for present, group in zip(optim.param_groups, saved["groups"], strict=True)
     ]
-    moments = saved["moments"].items()
-    return {"state": {number[n]: m for n, m in moments}, "param_groups": groups}
+    moments = {number[n]: m for n, m in saved["moments"].items() if m}
+    return {"state": moments, "param_groups": groups}
 
 
 def _torch_optimizer(optimizer: object) -> torch.optim.Optimizer | None:

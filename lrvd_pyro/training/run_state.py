@@ -73,6 +73,9 @@ def check_form(
     }
     try:
         record(checks)(state, "")
+        ranks, origin = state["ranks"]["ranks"], state["ranks"]["origin"]
+        if len(origin) != sum(ranks) or len({*origin}) < len(origin):
+            raise Misfit("origin", origin, f"{sum(ranks)} different numbers")
         if len(state["schedule"]) != len(schedules):
             expected = f"the states of {len(schedules)} schedules"
             raise Misfit("schedule", state["schedule"], expected)
