@@ -202,6 +202,13 @@ def test_sizes_are_compared_before_memory_is_taken(tmp_path: Path) -> None:
             {"instance": "torch.distributions.Normal", "keywords": {"loc": "0"}},
             "Normal of .*; expected numbers, for parameters among",
         ),
+        (
+            {
+                "instance": "torch.distributions.Normal",
+                "keywords": {"loc": 0.0, "scale": -1.0},
+            },
+            "Normal of .*: ValueError.*Expected parameter scale",
+        ),
         ({"instance": 7, "keywords": {}}, "7 is no name; expected a distribution's"),
         (
             {"instance": "torch.distributions.Normal", "keywords": [1]},
@@ -239,6 +246,7 @@ def test_numbers_that_are_not_finite_are_no_json(tmp_path: Path) -> None:
             {"origin": [0] * 8},
             "origin is .*; expected 8 different numbers",
         ),
+        ({"adapter": "keys"}, "adapter is 'keys'; expected a name that nn"),
         ({"adapter": "a.b"}, "adapter is 'a.b'; expected a name that nn"),
         ({"num_data": 0}, "num_data is 0; expected a positive number"),
         (
@@ -310,3 +318,12 @@ def test_tensors_are_finite(tmp_path: Path) -> None:
     seal(path)
     with pytest.raises(ValueError, match=rf"{name} has NaN or infinity, expected fin"):
         lrvd.load(path, base)
+
+
+def test_a_task_of_other_networks_is_refused(tmp_path: Path) -> None:
+    path, base, _ = folder(tmp_path / "run")
+    before = damaged.state_of(base)
+    adapter_config(path, task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match="put the saved adapter on a Perceptron"):
+        lrvd.load(path, base)
+    assert damaged.state_of(base) == before

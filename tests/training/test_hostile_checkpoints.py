@@ -216,6 +216,12 @@ def test_a_deep_header_is_damage_and_no_crash(tmp_path: Path) -> None:
             "params is .*; expected each parameter once",
         ),
         (
+            ("optimizer", "groups", 0, "fused"),
+            "x",
+            r"groups\[0\]\['fused'\] is 'x'; expected true or false",
+        ),
+        (("ranks", "origin"), (0, 0), r"origin is \(0, 0\); expected 8 different nu"),
+        (
             ("optimizer", "groups", 0, "lr"),
             -1.0,
             r"groups\[0\]\['lr'\] is -1.0; expected a rate in its range",
@@ -305,3 +311,17 @@ def test_a_history_with_ranks_that_are_gone_is_resumed(tmp_path: Path) -> None:
     resume(path, **new)
     found = new["schedule"][-1].log_alpha
     torch.testing.assert_close(found, history.log_alpha, equal_nan=True)
+
+
+@pytest.mark.parametrize("entry", ["steps", "columns", "log_alpha"])
+def test_a_history_of_other_sizes_is_refused(entry: str) -> None:
+    guide = runs.fresh("svi")["guide"]
+    history = lrvd.RankHistory(guide)
+    history.record(0)
+    history.record(1)
+    state = history.state_dict()
+    state[entry] = state[entry][:-1]
+    with pytest.raises(
+        ValueError, match="steps, .* components and log alpha of .*; ex"
+    ):
+        lrvd.RankHistory(guide).load_state_dict(state)
