@@ -114,6 +114,16 @@ class RankHistory:
                 f"and log alpha of {tuple(state['log_alpha'].shape)}; expected steps x "
                 f"components: take the state_dict of a RankHistory"
             )
+        present = torch.isin(
+            torch.tensor(columns), torch.tensor(self.guide.space.origin)
+        )
+        gone = state["log_alpha"][:, present].isnan().any()
+        if gone or not all(type(step) is int for step in steps):
+            raise ValueError(
+                f"the saved history has the steps {steps[:3]}... and NaN where ranks "
+                f"are present: {bool(gone)}; expected whole numbers, and NaN of ranks "
+                f"that are gone: take the state_dict of a RankHistory"
+            )
         if foreign := set(self.guide.space.origin) - set(state["columns"]):
             raise ValueError(
                 f"the saved history lacks the rank components {sorted(foreign)} of "

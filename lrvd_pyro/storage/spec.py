@@ -155,7 +155,7 @@ def _check_parameters(cls: Any, args: object, keywords: dict[str, Any]) -> None:
     constraints = getattr(cls, "arg_constraints", None)
     names = {*constraints} if isinstance(constraints, dict) else set()
     numbers = [*args, *keywords.values()] if isinstance(args, tuple) else [None]
-    if not keywords.keys() <= names or not all(map(_is_number, numbers)):
+    if not names or not keywords.keys() <= names or not all(map(_is_number, numbers)):
         raise ValueError(
             f"{cls.__name__} of {short([args, keywords])}; expected numbers, for "
             f"parameters among {sorted(names)}"

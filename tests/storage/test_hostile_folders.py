@@ -209,6 +209,10 @@ def test_sizes_are_compared_before_memory_is_taken(tmp_path: Path) -> None:
             },
             "Normal of .*: ValueError.*Expected parameter scale",
         ),
+        (
+            {"instance": "torch.distributions.Distribution", "keywords": {}},
+            r"Distribution of .*; expected numbers, for parameters among \[\]",
+        ),
         ({"instance": 7, "keywords": {}}, "7 is no name; expected a distribution's"),
         (
             {"instance": "torch.distributions.Normal", "keywords": [1]},
