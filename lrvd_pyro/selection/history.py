@@ -104,7 +104,8 @@ class RankHistory:
 
         Raises:
             ValueError: If the guide has rank components that the saved history lacks,
-                or its records have other numbers of steps and components.
+                or its records have other numbers of steps and components, or NaN where
+                a rank is present.
         """
         steps, columns, places = (state[n] for n in ("steps", "columns", "coordinates"))
         sizes = {len(columns), *map(len, places.values())}
@@ -113,6 +114,12 @@ class RankHistory:
                 f"the saved history has {len(steps)} steps, {sorted(sizes)} components "
                 f"and log alpha of {tuple(state['log_alpha'].shape)}; expected steps x "
                 f"components: take the state_dict of a RankHistory"
+            )
+        if foreign := set(self.guide.space.origin) - set(state["columns"]):
+            raise ValueError(
+                f"the saved history lacks the rank components {sorted(foreign)} of "
+                f"this guide. It belongs to another model; load it into the history of "
+                f"the guide that it was made with"
             )
         present = torch.isin(
             torch.tensor(columns), torch.tensor(self.guide.space.origin)
@@ -123,12 +130,6 @@ class RankHistory:
                 f"the saved history has the steps {steps[:3]}... and NaN where ranks "
                 f"are present: {bool(gone)}; expected whole numbers, and NaN of ranks "
                 f"that are gone: take the state_dict of a RankHistory"
-            )
-        if foreign := set(self.guide.space.origin) - set(state["columns"]):
-            raise ValueError(
-                f"the saved history lacks the rank components {sorted(foreign)} of "
-                f"this guide. It belongs to another model; load it into the history of "
-                f"the guide that it was made with"
             )
         self.steps, self._columns = [*state["steps"]], [*state["columns"]]
         self.coordinates = state["coordinates"]
