@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from types import MethodType
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import pyro
 import torch
@@ -19,7 +19,9 @@ from lrvd_pyro.rank_space.cuts import named_cuts
 from lrvd_pyro.rank_space.removal import Cuts, slice_tensors
 from lrvd_pyro.rank_space.space import RankSpace
 
-__all__ = ["ClosedFormNoise", "RankGuide"]
+__all__ = ["SCALE", "ClosedFormNoise", "RankGuide"]
+
+SCALE = "scale_where_linearized"  # the name of the buffer in a guide
 
 
 @runtime_checkable
@@ -65,6 +67,7 @@ class RankGuide(UniqueModule):
 
     Raises:
         TypeError: If a subclass lacks a method.
+        ValueError: If the scale, here or set later, is not positive and finite.
 
     Example, for a `GateLoRA` whose prior has the one site ``gate``::
 
@@ -92,18 +95,29 @@ class RankGuide(UniqueModule):
     """
 
     def __init__(self, model: RankModel, *, linearized_scale: float = 1.0) -> None:
-        check_number(
-            "linearized_scale",
-            linearized_scale,
-            "a positive number: 1.0",
-            lambda scale: 0 < scale < math.inf,
-        )
         super().__init__()
         # The space, and not the model: as a child, the model's parameters would be the
         # guide's too.
         self.space = model.space
+        # A buffer, which state dicts and checkpoints have.
+        self.register_buffer(SCALE, torch.ones((), dtype=torch.double))
         self.linearized_scale = linearized_scale
         self._built_on = model.space.lineage[-1]
+
+    @property
+    def linearized_scale(self) -> float:
+        """The factor on variances where `predict` linearizes."""
+        return float(self.get_buffer(SCALE))
+
+    @linearized_scale.setter
+    def linearized_scale(self, scale: float) -> None:
+        check_number(
+            "linearized_scale",
+            scale,
+            "a positive number: 1.0",
+            lambda scale: 0 < scale < math.inf,
+        )
+        self.get_buffer(SCALE).fill_(scale)
 
     def paired_with(self, model: RankModel) -> "RankGuide":
         """This guide as it reads a model: the one it was built on, or a copy of that.
@@ -156,6 +170,14 @@ class RankGuide(UniqueModule):
         guide = object.__new__(type(self))
         vars(guide).update(tree_map(relinked, vars(self)))
         return guide
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        # State dicts of version 0.1 have no scale: there it was 1.
+        one = torch.ones((), dtype=torch.double)
+        state_dict.setdefault(prefix + SCALE, one)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @abstractmethod
     def forward(self, *args: object, **batch: object) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from lrvd_pyro import likelihoods, priors
+from lrvd_pyro.guides.base import SCALE
 from lrvd_pyro.inference.pairs import paired
 from lrvd_pyro.likelihoods import Likelihood
 from lrvd_pyro.models.base import RankModel
@@ -202,7 +203,9 @@ def _parts(model: RankModel, guide: nn.Module) -> Parts:
     parts: Parts = {"net": adapter_state(net, model.space.adapter)}
     for part in ("prior", "likelihood"):
         parts[part] = _state(getattr(model, part))
-    parts["guide"] = {n: t for n, t in _state(guide).items() if t not in whole}
+    # The scale is an argument of the guide, and so in the config.
+    its = {n: t for n, t in _state(guide).items() if n != SCALE}
+    parts["guide"] = {n: t for n, t in its.items() if t not in whole}
     elsewhere = ("net.", "prior.", "likelihood.")
     parts["model"] = {
         name: tensor

@@ -9,7 +9,7 @@ import pyro
 import torch
 from torch import nn
 
-from lrvd_pyro.guides.base import RankGuide
+from lrvd_pyro.guides.base import SCALE, RankGuide
 from lrvd_pyro.inference.elbo import RankELBO
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.optim import Optimizer
@@ -177,6 +177,7 @@ def resume(
     check_kinds(path, state, kinds)
     check_form(path, state, elbo=elbo, sampler=sampler, schedules=schedules)
     layout: Layout = state["layout"]
+    _room_for_scale(guide, layout, state["tensors"])
     check_tensors(path, state["tensors"], layout)
     check_moments(path, optimizer, layout, state["optimizer"])
     run = model, guide, optimizer, elbo, sampler, schedules, pyro.get_param_store()
@@ -209,6 +210,17 @@ def resume(
         # Last, since a user's own load_state_dict may draw.
         set_random_state(state["random"])
     return state["extra"]
+
+
+def _room_for_scale(
+    guide: nn.Module, layout: Layout, tensors: dict[str, torch.Tensor]
+) -> None:
+    """Complete a checkpoint without a guide's ``linearized_scale``, which was 1."""
+    name = f"guide.{SCALE}"
+    if isinstance(guide, RankGuide) and name not in {*layout, *tensors}:
+        one = {name: torch.ones_like(guide.get_buffer(SCALE))}
+        layout.update(layout_of(one, {}))
+        tensors.update(one)
 
 
 def _from_version_1(state: dict[str, Any]) -> dict[str, Any]:
