@@ -113,6 +113,14 @@ def test_a_part_of_the_data_stands_for_all_of_it() -> None:
     )
 
 
+def test_a_part_that_stands_for_more_examples_costs_too_little() -> None:
+    """An example left out is still there in the copies that it stands for."""
+    design, y = problem(100)
+    whole = found(design, best_fit(design, y))
+    part = found(design[:20], best_fit(design[:20], y[:20]), scale=2.0)
+    assert part.gamma_loo - part.gamma < 0.7 * (whole.gamma_loo - whole.gamma)
+
+
 def test_evidence_without_a_maximum_is_refused() -> None:
     design, y = problem(6)
     weights = best_fit(design, y)
