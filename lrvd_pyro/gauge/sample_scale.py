@@ -13,7 +13,7 @@ from lrvd_pyro.models.base import RankModel, evaluating
 from lrvd_pyro.models.inputs import with_rows
 from lrvd_pyro.predictive.fan_out import FanOut
 
-__all__ = ["DrawEffect", "effect_of_draws", "sample_scale", "spread_examples"]
+__all__ = ["effect_of_draws", "sample_scale", "spread_examples"]
 
 _Part = dict[str, Any]
 _ROWS, _PARTS = 4, 8  # examples of a part; of these, as many to twice as many
@@ -24,7 +24,7 @@ _TIGHT, _TRIES = 0.9, 24  # how near the bound is enough
 _LEAP, _SMALLEST = 1024, 1e-12  # of a step down, and of the search
 
 
-class DrawEffect(NamedTuple):
+class _DrawEffect(NamedTuple):
     """What draws do to the contrasts, on average over examples and contrasts.
 
     Attributes:
@@ -80,7 +80,7 @@ def sample_scale(
     parts = spread_examples(batches)
     pairs, scale = _FEW, most
 
-    def effect(scale: float) -> DrawEffect | None:
+    def effect(scale: float) -> _DrawEffect | None:
         return effect_of_draws(model, mean, scale * variance, parts, pairs, seed)
 
     def excess(scale: float) -> float:
@@ -107,7 +107,7 @@ def effect_of_draws(
     parts: Iterable[_Part],
     pairs: int,
     seed: int = 0,
-) -> DrawEffect | None:
+) -> _DrawEffect | None:
     """What draws of a variance do to the contrasts; None where these are not finite.
 
     Opposite draws tell shift and noise apart: half their difference is noise alone, and
@@ -156,7 +156,7 @@ def effect_of_draws(
     own = shift.square().sum(1)
     others = (shift @ shift.sum(0) - own) / (pairs - 1) / shift.shape[1]
     error = (2 * others - noise).std() / math.sqrt(pairs)
-    return DrawEffect(float(others.mean()), float(noise.mean()), float(error))
+    return _DrawEffect(float(others.mean()), float(noise.mean()), float(error))
 
 
 def spread_examples(batches: Iterable[Batch]) -> list[_Part]:
