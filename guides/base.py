@@ -19,9 +19,7 @@ from lrvd_pyro.rank_space.cuts import named_cuts
 from lrvd_pyro.rank_space.removal import Cuts, slice_tensors
 from lrvd_pyro.rank_space.space import RankSpace
 
-__all__ = ["SCALE", "ClosedFormNoise", "RankGuide"]
-
-SCALE = "scale_where_linearized"  # the name of the buffer in a guide
+__all__ = ["ClosedFormNoise", "RankGuide"]
 
 
 @runtime_checkable
@@ -99,15 +97,13 @@ class RankGuide(UniqueModule):
         # The space, and not the model: as a child, the model's parameters would be the
         # guide's too.
         self.space = model.space
-        # A buffer, which state dicts and checkpoints have.
-        self.register_buffer(SCALE, torch.ones((), dtype=torch.double))
         self.linearized_scale = linearized_scale
         self._built_on = model.space.lineage[-1]
 
     @property
     def linearized_scale(self) -> float:
         """The factor on variances where `predict` linearizes."""
-        return float(self.get_buffer(SCALE))
+        return self._linearized_scale
 
     @linearized_scale.setter
     def linearized_scale(self, scale: float) -> None:
@@ -117,7 +113,15 @@ class RankGuide(UniqueModule):
             "a positive number: 1.0",
             lambda scale: 0 < scale < math.inf,
         )
-        self.get_buffer(SCALE).fill_(scale)
+        self._linearized_scale = float(scale)
+
+    def get_extra_state(self) -> Tensor:
+        """What state dicts hold beside parameters and buffers: the scale."""
+        return torch.tensor(self.linearized_scale, dtype=torch.double, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the scale from a state dict."""
+        self.linearized_scale = float(state)
 
     def paired_with(self, model: RankModel) -> "RankGuide":
         """This guide as it reads a model: the one it was built on, or a copy of that.
@@ -175,8 +179,7 @@ class RankGuide(UniqueModule):
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
         # State dicts of version 0.1 have no scale: there it was 1.
-        one = torch.ones((), dtype=torch.double)
-        state_dict.setdefault(prefix + SCALE, one)
+        state_dict.setdefault(f"{prefix}_extra_state", torch.ones(()))
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @abstractmethod

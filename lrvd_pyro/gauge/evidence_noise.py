@@ -153,10 +153,11 @@ def _set_noise(
     log_variance = _log_variance(guide, scale * variance)
     # What the guide's bounds leave of it decides, so that the cost stays exact.
     held = log_variance[guide.owner] if isinstance(guide, WeightNoise) else log_variance
-    linearized_scale = cost / _cost(held.exp(), information)
+    ratio = cost / _cost(held.exp(), information)
     with torch.no_grad():
         guide.log_variance.copy_(log_variance)
-    guide.linearized_scale = linearized_scale
+    # Rounding of the logarithms should not tell two noises apart.
+    guide.linearized_scale = 1.0 if math.isclose(ratio, 1, rel_tol=1e-5) else ratio
 
 
 def _cost(variance: Tensor, information: Tensor) -> float:

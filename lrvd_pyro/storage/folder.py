@@ -22,7 +22,6 @@ import torch
 from torch import nn
 
 from lrvd_pyro import likelihoods, priors
-from lrvd_pyro.guides.base import SCALE
 from lrvd_pyro.inference.pairs import paired
 from lrvd_pyro.likelihoods import Likelihood
 from lrvd_pyro.models.base import RankModel
@@ -204,7 +203,7 @@ def _parts(model: RankModel, guide: nn.Module) -> Parts:
     for part in ("prior", "likelihood"):
         parts[part] = _state(getattr(model, part))
     # The scale is an argument of the guide, and so in the config.
-    its = {n: t for n, t in _state(guide).items() if n != SCALE}
+    its = {n: t for n, t in _state(guide).items() if n != "_extra_state"}
     parts["guide"] = {n: t for n, t in its.items() if t not in whole}
     elsewhere = ("net.", "prior.", "likelihood.")
     parts["model"] = {

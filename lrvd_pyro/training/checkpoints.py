@@ -9,7 +9,7 @@ import pyro
 import torch
 from torch import nn
 
-from lrvd_pyro.guides.base import SCALE, RankGuide
+from lrvd_pyro.guides.base import RankGuide
 from lrvd_pyro.inference.elbo import RankELBO
 from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.optim import Optimizer
@@ -110,6 +110,7 @@ def checkpoint(
         "layout": layout_of(tensors, {}),
         "base": base_of(model),
         "tensors": tensors,
+        "linearized_scale": getattr(guide, "linearized_scale", 1.0),
         "optimizer": optimizer_state(optimizer, tensors),
         "elbo": elbo.state_dict(),
         "sampler": None if sampler is None else sampler.state_dict(),
@@ -175,9 +176,9 @@ def resume(
         state = _from_version_1(state)
     schedules = listed(schedule)
     check_kinds(path, state, kinds)
+    state.setdefault("linearized_scale", 1.0)  # earlier guides had no other
     check_form(path, state, elbo=elbo, sampler=sampler, schedules=schedules)
     layout: Layout = state["layout"]
-    _room_for_scale(guide, layout, state["tensors"])
     check_tensors(path, state["tensors"], layout)
     check_moments(path, optimizer, layout, state["optimizer"])
     run = model, guide, optimizer, elbo, sampler, schedules, pyro.get_param_store()
@@ -201,6 +202,8 @@ def resume(
             # In place, since Pyro's store and the optimizer train these very tensors.
             for name, tensor in staying.items():
                 tensor.copy_(state["tensors"][name])
+        if isinstance(guide, RankGuide):
+            guide.linearized_scale = state["linearized_scale"]
         load_optimizer(optimizer, staying, state["optimizer"])
         elbo.load_state_dict(state["elbo"])
         if sampler is not None:
@@ -210,17 +213,6 @@ def resume(
         # Last, since a user's own load_state_dict may draw.
         set_random_state(state["random"])
     return state["extra"]
-
-
-def _room_for_scale(
-    guide: nn.Module, layout: Layout, tensors: dict[str, torch.Tensor]
-) -> None:
-    """Complete a checkpoint without a guide's ``linearized_scale``, which was 1."""
-    name = f"guide.{SCALE}"
-    if isinstance(guide, RankGuide) and name not in {*layout, *tensors}:
-        one = {name: torch.ones_like(guide.get_buffer(SCALE))}
-        layout.update(layout_of(one, {}))
-        tensors.update(one)
 
 
 def _from_version_1(state: dict[str, Any]) -> dict[str, Any]:
