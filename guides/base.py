@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from types import MethodType
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import pyro
 import torch
@@ -65,6 +65,7 @@ class RankGuide(UniqueModule):
 
     Raises:
         TypeError: If a subclass lacks a method.
+        ValueError: If the scale, here or set later, is not positive and finite.
 
     Example, for a `GateLoRA` whose prior has the one site ``gate``::
 
@@ -92,18 +93,35 @@ class RankGuide(UniqueModule):
     """
 
     def __init__(self, model: RankModel, *, linearized_scale: float = 1.0) -> None:
-        check_number(
-            "linearized_scale",
-            linearized_scale,
-            "a positive number: 1.0",
-            lambda scale: 0 < scale < math.inf,
-        )
         super().__init__()
         # The space, and not the model: as a child, the model's parameters would be the
         # guide's too.
         self.space = model.space
         self.linearized_scale = linearized_scale
         self._built_on = model.space.lineage[-1]
+
+    @property
+    def linearized_scale(self) -> float:
+        """The factor on variances where `predict` linearizes."""
+        return self._linearized_scale
+
+    @linearized_scale.setter
+    def linearized_scale(self, scale: float) -> None:
+        check_number(
+            "linearized_scale",
+            scale,
+            "a positive number: 1.0",
+            lambda scale: 0 < scale < math.inf,
+        )
+        self._linearized_scale = float(scale)
+
+    def get_extra_state(self) -> Tensor:
+        """What state dicts hold beside parameters and buffers: the scale."""
+        return torch.tensor(self.linearized_scale, dtype=torch.double, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take the scale from a state dict."""
+        self.linearized_scale = float(state)
 
     def paired_with(self, model: RankModel) -> "RankGuide":
         """This guide as it reads a model: the one it was built on, or a copy of that.
@@ -156,6 +174,13 @@ class RankGuide(UniqueModule):
         guide = object.__new__(type(self))
         vars(guide).update(tree_map(relinked, vars(self)))
         return guide
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        # State dicts of version 0.1 have no scale: there it was 1.
+        state_dict.setdefault(f"{prefix}_extra_state", torch.ones(()))
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     @abstractmethod
     def forward(self, *args: object, **batch: object) -> dict[str, Tensor]:

@@ -24,10 +24,13 @@ Batch = Mapping[str, Any]  # the network's keyword arguments, with or without la
 
 
 def check_several(batches: object, call: str) -> None:
-    """Raise a TypeError that shows the right ``call`` if ``batches`` is one batch."""
+    """Raise a TypeError that shows the right ``call`` unless there may be batches."""
     # A dict is iterable too: its keys would be taken for batches.
     if isinstance(batches, Mapping):
         raise TypeError(f"batches is one batch; expected several: {call}")
+    if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        kind = type(batches).__name__
+        raise TypeError(f"batches is a {kind}; expected several batches: {call}")
 
 
 def check_rereadable(batches: object, call: str) -> None:

@@ -1,6 +1,7 @@
 """Temperature scaling: one number, fitted to labels that were not trained on."""
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -35,7 +36,12 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         T, between 0.01 and 100.
 
     Raises:
-        ValueError: If shapes do not fit, or a logit is NaN.
+        TypeError: If labels are not integers.
+        ValueError: If there are no data, shapes do not fit, or a label is outside ``0
+            .. C - 1``. If a logit is NaN or infinity, or all draws exclude the label.
+
+    Warns:
+        UserWarning: If T is at an end of its range.
 
     Wrong on the data of training, where a network is surer than elsewhere; and where
     the data shift, since one number is fitted to those it saw.
@@ -48,12 +54,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """
     draws = logits.detach().double()
     draws = draws if draws.dim() == 3 else draws[None]
-    if draws.dim() != 3 or draws.shape[1:2] != labels.shape or draws.isnan().any():
-        raise ValueError(
-            f"logits have shape {tuple(logits.shape)} and labels "
-            f"{tuple(labels.shape)}; expected n x C or S x n x C without NaN, and one "
-            f"class index per datum"
-        )
+    _check(draws, logits.shape, labels)
 
     def nll(log_temperature: float) -> float:
         probs = (draws / math.exp(log_temperature)).softmax(-1).mean(0)
@@ -68,4 +69,46 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     for _ in range(40):
         left, right = low + (high - low) / 3, high - (high - low) / 3
         low, high = (low, right) if nll(left) < nll(right) else (left, high)
-    return math.exp((low + high) / 2)
+    found = math.exp((low + high) / 2)
+    if best in (0, len(grid) - 1):
+        warnings.warn(
+            f"T = {found:.3g} lies where its range ends, as of logits that are all "
+            f"right, or have nothing to do with the labels; take more held-out data",
+            stacklevel=2,
+        )
+    return found
+
+
+def _check(draws: Tensor, shape: torch.Size, labels: Tensor) -> None:
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(
+            f"labels have dtype {labels.dtype}; expected class indices: labels.long()"
+        )
+    nan = bool(draws.isnan().any())
+    if draws.dim() != 3 or draws.shape[1:2] != labels.shape or nan:
+        raise ValueError(
+            f"logits have shape {tuple(shape)} and labels {tuple(labels.shape)}; "
+            f"expected n x C or S x n x C without NaN, and one class index per datum"
+        )
+    if draws.numel() == 0:
+        raise ValueError(
+            f"logits have shape {tuple(shape)}; expected data that were not trained on"
+        )
+    low, high, classes = int(labels.min()), int(labels.max()), draws.shape[2]
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"labels lie in {low} .. {high} and the logits have {classes} classes; "
+            f"expected 0 .. {classes - 1}: leave out data without a label"
+        )
+    if (draws == math.inf).any():
+        raise ValueError(
+            "a logit is infinite; expected finite logits, or log probabilities: "
+            "probs.log()"
+        )
+    own = draws.gather(2, labels.expand(len(draws), -1)[..., None].to(draws.device))
+    if none := int((own == -math.inf).all(0).sum()):
+        raise ValueError(
+            f"{none} of {len(labels)} labels have probability 0, at any temperature; "
+            f"expected logits, or log probabilities that did not underflow: "
+            f"probs.clamp(min=1e-30).log()"
+        )

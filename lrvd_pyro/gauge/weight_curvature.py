@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from lrvd_pyro.batches import (
@@ -27,8 +26,8 @@ from lrvd_pyro.rank_space.weight_taps import WeightTaps
 __all__ = ["evidence"]
 
 _SIDES: tuple[Side, ...] = ("lora_A", "lora_B")
-_EXACT = 16  # roots of the Fisher matrix; beyond, one random sum of them
-_SKETCH = 2048  # numbers that stand for the gradient of a root
+_NUMBERS = 2**27  # of all sketches
+_SIDE, _LEAST = 8192, 2048  # of the smaller side of the sketch; of each sketch
 
 
 def evidence(
@@ -36,7 +35,7 @@ def evidence(
     guide: object,
     batches: Iterable[Batch],
     *,
-    sampled: bool | None = None,
+    sampled: bool = False,
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> Evidence:
@@ -48,8 +47,10 @@ def evidence(
     one for regression. Kept are its diagonal, and a sketch of each J_ik.
 
     Each batch costs a forward pass and K backward passes. The memory beyond these is
-    that of one module's weights for each example of a batch, and 8 kB on the CPU for
-    each example and root.
+    that of one module's weights for each example of a batch, and of the sketch on the
+    CPU. A sketch has P numbers, which is exact, or what 2^27 (0.5 GB, four times as
+    much for a moment) allow for N K gradients, at least 2,048. For N K > 8,192 it has
+    8,192 at most, since eigenvalues cost the cube of the smaller of the two.
 
     Example::
 
@@ -61,52 +62,60 @@ def evidence(
         guide: Its guide, for the posterior mean.
         batches: Batches of the training set, with or without labels. Where they are a
             part of it, they stand for all of it.
-        sampled: Take one sum of the roots by random signs, which needs one backward
-            pass and gives h without bias. None does so beyond 16 roots.
+        sampled: Take one sum of the K roots by random signs, for one backward pass. It
+            gives h and the gates' Fisher information without bias, and nothing else:
+            precision, gamma and gamma_loo are then refused.
         generator: The random state of the signs; None uses torch's global one.
         progress: Show a bar over the batches.
 
     Raises:
         TypeError: If the likelihood lacks ``fisher_roots``, or ``batches`` is one
             batch.
-        ValueError: If no batch is given, or the network takes no draw per example.
+        ValueError: If no batch is given, there are more examples than ``num_data``, or
+            the network takes no draw per example.
         RuntimeError: If a layer runs under activation checkpointing in eval mode too.
 
     Source: the generalized Gauss-Newton matrix, Schraudolph (2002); random signs,
     Hutchinson (1990); the sketch, see `Evidence`.
     """
-    check_several(batches, "evidence(model, guide, [batch])")
+    call = "evidence(model, guide, [batch])"
+    check_several(batches, call)
     likelihood = curvature_of(model.likelihood, "noise by evidence")
     space, mean = model.space, mean_value(model, guide)  # type: ignore[arg-type]
     taps, gated = WeightTaps(space, _SIDES), model.binds == "gates"
-    fisher, count = space.ones() * 0, 0
+    fisher, count = torch.zeros(space.size, dtype=torch.double), 0
     weights = _Weights(space)
     sketches, slopes = [], []
     with evaluating(model), seeded_by(generator), torch.enable_grad():
         shown = tqdm(batches, disable=not progress, desc="evidence")
         for batch in separable(model, shown):
             examples = batch_size(batch)
+            count += examples
+            _check_count(count, model)
             value = gate_rows(mean, batch) if gated else mean
             with taps.open(), model.bind(value):
                 predictions = model.predictions(**without_labels(batch))
             roots = likelihood.fisher_roots(predictions)
+            if not (sampled or weights.size):
+                weights.size = _sketch_size(weights.count, model.num_data, roots)
             found = []
-            for root in _scores(roots, sampled):
+            for root in _signed(roots) if sampled else roots.sum(0):
                 others = [value] if gated else []
                 about, rows = taps.gradients(root, examples, others)
-                fisher += sum(g.square().sum(0) for g in about)
+                for gradient in about:
+                    fisher += gradient.cpu().double().square().sum(0)
                 found.append(weights.add(rows, examples))
             sketch, slope = zip(*found, strict=True)
             sketches.append(torch.stack(sketch, 1))
             slopes.append(torch.stack(slope, 1))
-            count += examples
     if not count:
-        raise ValueError("got no batches; expected the training set")
+        raise ValueError(f"got no batches; expected the training set: {call}")
     whole = model.num_data / count
+    squares = torch.cat(weights.squares) * whole
     return Evidence(
-        torch.cat(weights.squares) * whole,
-        fisher * whole if gated else None,
-        torch.cat(sketches),
+        squares,
+        (fisher * whole).to(squares) if gated else None,
+        None if sampled else torch.cat(sketches),
         torch.cat(slopes),
         whole,
     )
@@ -116,7 +125,9 @@ class _Weights:
     """Sums over gradients about A and B, module by module.
 
     Attributes:
+        count: The number of weights P.
         squares: The sums of squares, one tensor per module and side.
+        size: The numbers q of a sketch; 0 for none.
     """
 
     def __init__(self, space: RankSpace) -> None:
@@ -125,8 +136,10 @@ class _Weights:
             for side in _SIDES
             for rows, weight in zip(space.rows(side), space.weights(side), strict=True)
         ]
-        self._theta = [weight.flatten() for weight in weights]
+        # Sums of half-precision numbers would stop to grow.
+        self._theta = [_precise(weight.flatten()) for weight in weights]
         self.squares = [torch.zeros_like(weight) for weight in self._theta]
+        self.count, self.size = sum(map(len, self._theta)), 0
         # The same signs for all batches; they have nothing to do with the user's.
         source = torch.Generator().manual_seed(0)
         self._signs = [
@@ -140,24 +153,50 @@ class _Weights:
         The sketch adds up elements that are q apart, with random signs: the inner
         products of gradients stay as they are, on average over the signs.
         """
-        sketch = self._theta[0].new_zeros(examples, _SKETCH)
+        sketch = self._theta[0].new_zeros(examples, self.size)
         slope, begin = sketch.new_zeros(examples), 0
         for number, gradient in enumerate(rows):
-            each = gradient.flatten(1)
+            each = _precise(gradient.flatten(1))
             self.squares[number] += each.square().sum(0)
             slope += each @ self._theta[number]
-            front = begin % _SKETCH
+            if self.size:
+                _add_around(sketch, each * self._signs[number], begin)
             begin += each.shape[1]
-            padded = F.pad(each * self._signs[number], (front, -begin % _SKETCH))
-            sketch += padded.unflatten(1, (-1, _SKETCH)).sum(1)
         return sketch.cpu(), slope.cpu()
 
 
-def _scores(roots: Tensor, sampled: bool | None) -> Iterable[Tensor]:
-    """Sums over the batch whose squared gradients add up to the curvature."""
-    if sampled is None:
-        sampled = roots.shape[1] > _EXACT
-    if not sampled:
-        return roots.sum(0)
+def _add_around(sketch: Tensor, rows: Tensor, begin: int) -> None:
+    """Add ``rows`` from column ``begin`` on, and again from 0 where they are longer."""
+    size = sketch.shape[1]
+    while rows.shape[1]:
+        at = begin % size
+        part, rows = rows[:, : size - at], rows[:, size - at :]
+        sketch[:, at : at + part.shape[1]] += part
+        begin += part.shape[1]
+
+
+def _sketch_size(count: int, num_data: int, roots: Tensor) -> int:
+    """The numbers q that stand for each of the gradients of all the data."""
+    gradients = num_data * roots.shape[1]
+    fits = max(_LEAST, _NUMBERS // gradients)
+    return min(count, fits if gradients <= _SIDE else min(fits, _SIDE))
+
+
+def _check_count(count: int, model: RankModel) -> None:
+    """Refuse more examples than there are: they would count less than once each."""
+    if count > model.num_data:
+        raise ValueError(
+            f"got {count} examples or more, and num_data={model.num_data}; expected "
+            f"the training set, each example once: "
+            f"{type(model).__name__}(..., num_data=len(train))"
+        )
+
+
+def _precise(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _signed(roots: Tensor) -> list[Tensor]:
+    """One sum of the roots by random signs, whose squared gradient is unbiased."""
     signs = torch.randint_like(roots, 2, device=roots.device) * 2 - 1
     return [(roots * signs).sum()]

@@ -106,7 +106,8 @@ def predict(
             parameters yet, or was built on another model. If ``num_samples`` or
             ``max_batch`` is below 1, or ``method`` is neither of the two. If the draws
             lack a latent site or differ in number. Linearized also if there is only one
-            draw, or if examples see each other.
+            draw, draws are given beside a guide whose ``linearized_scale`` is not 1,
+            or examples see each other.
 
     Wrong when the posterior is wide, if linearized: it ignores curvature, and any shift
     that the noise causes in the mean (see examples/results/README.md).
@@ -234,6 +235,13 @@ def _gaussian(
     posterior_samples: Mapping[str, Tensor] | None,
 ) -> GateGaussian:
     """Mean and covariance of what is drawn: of the caller's draws, or the guide's."""
+    scale = getattr(guide, "linearized_scale", 1.0)
+    if posterior_samples is not None and scale != 1:
+        raise ValueError(
+            f"posterior_samples have the noise of draws, and the guide has "
+            f"linearized_scale={scale:.3g} besides; leave posterior_samples out, or "
+            f"take them as they are: predict(model, None, ..., posterior_samples=...)"
+        )
     draws = posterior_draws(model, guide, batch, 1, posterior_samples)
     if posterior_samples is not None:
         return GateGaussian.of_draws(bound_values(model, draws))

@@ -231,7 +231,9 @@ def _parts(model: RankModel, guide: nn.Module) -> Parts:
     parts["base"] = base_buffers(net)
     for part in ("prior", "likelihood"):
         parts[part] = _state(getattr(model, part))
-    parts["guide"] = {n: t for n, t in _state(guide).items() if t not in whole}
+    # The scale is an argument of the guide, and so in the config.
+    its = {n: t for n, t in _state(guide).items() if n != "_extra_state"}
+    parts["guide"] = {n: t for n, t in its.items() if t not in whole}
     elsewhere = ("net.", "prior.", "likelihood.")
     parts["model"] = {
         name: tensor

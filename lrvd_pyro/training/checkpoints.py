@@ -114,6 +114,7 @@ def checkpoint(
         "layout": layout_of(tensors, {}),
         "base": base_of(model),
         "tensors": tensors,
+        "linearized_scale": getattr(guide, "linearized_scale", 1.0),
         "optimizer": optimizer_state(optimizer, tensors),
         "elbo": elbo.state_dict(),
         "sampler": None if sampler is None else sampler.state_dict(),
@@ -185,6 +186,7 @@ def resume(
         state = _from_version_1(state)
     schedules = listed(schedule)
     check_kinds(path, state, kinds)
+    state.setdefault("linearized_scale", 1.0)  # earlier guides had no other
     check_form(path, state, elbo=elbo, sampler=sampler, schedules=schedules)
     if version < 3:
         _name_all_moments(state["optimizer"])
@@ -213,6 +215,8 @@ def resume(
             # In place, since Pyro's store and the optimizer train these very tensors.
             for name, tensor in staying.items():
                 tensor.copy_(state["tensors"][name])
+        if isinstance(guide, RankGuide):
+            guide.linearized_scale = state["linearized_scale"]
         load_optimizer(optimizer, staying, state["optimizer"])
         elbo.load_state_dict(state["elbo"])
         if sampler is not None:

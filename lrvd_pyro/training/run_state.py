@@ -64,6 +64,7 @@ def check_form(
         "layout": table_of(_layout),
         "base": table_of(_sketch),
         "tensors": table_of(anything),
+        "linearized_scale": number,
         "optimizer": record(_optimizer),
         "elbo": like(elbo.state_dict()),
         "sampler": _state_of(sampler),

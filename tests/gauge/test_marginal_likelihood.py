@@ -113,6 +113,14 @@ def test_a_part_of_the_data_stands_for_all_of_it() -> None:
     )
 
 
+def test_a_part_that_stands_for_more_examples_costs_too_little() -> None:
+    """An example left out is still there in the copies that it stands for."""
+    design, y = problem(100)
+    whole = found(design, best_fit(design, y))
+    part = found(design[:20], best_fit(design[:20], y[:20]), scale=2.0)
+    assert part.gamma_loo - part.gamma < 0.7 * (whole.gamma_loo - whole.gamma)
+
+
 def test_evidence_without_a_maximum_is_refused() -> None:
     design, y = problem(6)
     weights = best_fit(design, y)
@@ -126,3 +134,36 @@ def test_evidence_without_a_maximum_is_refused() -> None:
         for name in ("precision", "gamma", "gamma_loo"):
             with pytest.raises(ValueError, match="A and B are not finite; look for Na"):
                 getattr(found(wrong, weights), name)
+
+
+def test_more_examples_than_there_are_data_have_no_cost_left_out() -> None:
+    design, y = problem(6)
+    weights = best_fit(design, y)
+    part = found(design[:3], weights, scale=0.1)
+    with pytest.raises(
+        ValueError, match=r"leverage of .*less than 1.*num_data=len\(tr"
+    ):
+        _ = part.gamma_loo
+    assert found(design[:3], weights, scale=1.0).gamma_loo > 0
+
+
+def test_signed_sums_of_roots_have_no_evidence() -> None:
+    """Their matrix has other eigenvalues: the rank is n, and not n K."""
+    design, y = problem(6, outputs=2)
+    diagonal = design.square().sum((0, 1))
+    its = Evidence(diagonal, None, None, (design @ best_fit(design, y))[:, :1], 1.0)
+    for name in ("precision", "gamma", "gamma_loo"):
+        with pytest.raises(ValueError, match=r"evidence\(..., sampled=False\)"):
+            getattr(its, name)
+
+
+def test_a_sketch_too_short_for_gamma_is_told_of() -> None:
+    design, y = problem(100)
+    slopes = design @ best_fit(design, y)
+    diagonal = design.square().sum((0, 1))
+    signs = torch.randint(0, 2, (100,)) * 2 - 1
+    folded = (design * signs).unflatten(2, (2, 50)).sum(2)
+    its = Evidence(diagonal, None, folded, slopes, 1.0)
+    with pytest.warns(UserWarning, match="gamma_loo may be wrong by .* a sketch of 50"):
+        _ = its.gamma_loo
+    _ = found(design, best_fit(design, y)).gamma_loo  # no warning

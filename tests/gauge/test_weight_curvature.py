@@ -8,8 +8,9 @@ import pytest
 import torch
 from nets import tokens
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from lrvd_pyro.gauge import evidence
+from lrvd_pyro.gauge import Evidence, evidence
 from lrvd_pyro.guides import RankDiagonal, RowDiagonal
 from lrvd_pyro.guides.fisher_laplace import gate_fisher
 from lrvd_pyro.models import FactorLoRA, GateLoRA
@@ -105,7 +106,7 @@ def test_the_sketch_has_the_inner_products_of_the_gradients_and_the_slopes() -> 
         model, guide, [{k: v[i : i + 2] for k, v in batch.items()} for i in (0, 2, 4)]
     )
     weights = [w for side in SIDES for w in model.space.weights(side)]
-    assert sum(w.numel() for w in weights) < found.sketch.shape[2]  # so it is exact
+    assert found.sketch.shape[2] == sum(w.numel() for w in weights)  # so it is exact
     roots = model.likelihood.fisher_roots(model.predictions(x=batch["x"]))
     each = [
         torch.autograd.grad(root, weights, retain_graph=True)
@@ -141,3 +142,65 @@ def test_one_sum_by_random_signs_has_no_bias_and_one_without_signs_has() -> None
     offset = sum(w.numel() for w in model.space.weights("lora_A"))
     of_B = evidence(model, guide, [batch]).curvature[offset:].sum()
     assert (unsigned * 60 / 8 - of_B).abs() > 0.02 * of_B
+
+
+def wide(count: int) -> Any:
+    """A network of P = 3,888 weights in A and B."""
+    net = nets.lora(nets.Perceptron(40, 100), target_modules=["hidden", "out"], r=16)
+    return GateLoRA(net.float(), num_data=count)
+
+
+def test_a_sketch_shorter_than_the_gradients_keeps_gamma_loo() -> None:
+    """P = 3,888 and n K = 2,100 gradients are both beyond the 2,048 of a sketch."""
+    model, batches = (
+        wide(40_000),
+        [{"x": torch.randn(150, 40).float()} for _ in range(7)],
+    )
+    short = evidence(model, RankDiagonal(model), batches)
+    model.num_data = 1050
+    whole = evidence(model, RankDiagonal(model), batches)
+    assert short.sketch.shape == (1050, 2, 2048) and whole.sketch.shape[2] == 3888
+    exact = Evidence(short.curvature, None, whole.sketch, whole.slopes, short.scale)
+    assert short.gamma_loo == pytest.approx(exact.gamma_loo, rel=0.05)
+    assert short.gamma == pytest.approx(exact.gamma, rel=0.05)
+    # the twin: without the signs, elements of a bucket add up
+    bare = F.pad(whole.sketch, (0, 208)).unflatten(2, (2, 2048)).sum(2)
+    unsigned = Evidence(short.curvature, None, bare, whole.slopes, short.scale)
+    assert unsigned.gamma_loo != pytest.approx(exact.gamma_loo, rel=0.05)
+
+
+def test_more_examples_than_num_data_are_refused_by_name() -> None:
+    model, batches = GateLoRA(nets.perceptron(), num_data=8), [nets.rows(6)]
+    assert evidence(model, RankDiagonal(model), batches).scale == pytest.approx(8 / 6)
+    with pytest.raises(
+        ValueError, match=r"got 12 .* num_data=8; .*GateLoRA\(..., num_data=len\(train"
+    ):
+        evidence(model, RankDiagonal(model), [*batches, *batches])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_over_many_batches_in_half_precision_go_on(dtype: torch.dtype) -> None:
+    """In half precision itself they would stop after some 100 batches."""
+    model = GateLoRA(nets.perceptron().to(dtype), num_data=600)
+    batches = [{"x": torch.randn(1, 5).to(dtype)} for _ in range(600)]
+    half = evidence(model, RankDiagonal(model), batches)
+    model.base_net.float()
+    single = [{"x": batch["x"].float()} for batch in batches]
+    exact = evidence(model, RankDiagonal(model), single)
+    for name in ("curvature", "gate_fisher"):
+        ours, theirs = getattr(half, name), getattr(exact, name)
+        assert ours.dtype is torch.float32
+        assert float(ours.sum()) == pytest.approx(float(theirs.sum()), rel=0.02)
+    assert half.gamma_loo == pytest.approx(exact.gamma_loo, rel=0.05)
+
+
+def test_many_classes_are_taken_root_by_root() -> None:
+    """One sum of 19 roots by random signs would have another gamma_loo by factors."""
+    net = nets.lora(nets.Perceptron(5, 6, 20), target_modules=["hidden", "out"])
+    model, batch = GateLoRA(net, num_data=30), {"x": torch.randn(30, 5)}
+    found = evidence(model, RankDiagonal(model), [batch])
+    assert found.sketch.shape[:2] == (30, 19)
+    signed = evidence(model, RankDiagonal(model), [batch], sampled=True)
+    assert signed.sketch is None and signed.curvature.shape == found.curvature.shape
+    with pytest.raises(ValueError, match="random signs, which give the diagonal"):
+        _ = signed.gamma_loo

@@ -212,3 +212,25 @@ def test_cuda_noise_goes_on(path: Path) -> None:
     drawn = torch.rand(5, device="cuda")
     resume(path, **runs.fresh("svi"))
     assert torch.equal(torch.rand(5, device="cuda"), drawn)
+
+
+def test_the_scale_of_the_linearized_noise_comes_back(path: Path) -> None:
+    run = runs.fresh("svi")
+    run["guide"].linearized_scale = 5.0
+    checkpoint(path, **run)
+    run["guide"].linearized_scale = 3.0
+    other = runs.fresh("svi")
+    for each in (run, other):
+        resume(path, **each)
+        assert each["guide"].linearized_scale == 5.0
+
+
+def test_a_checkpoint_without_that_scale_has_the_noise_of_draws(path: Path) -> None:
+    run = runs.fresh("svi")
+    checkpoint(path, **run)
+    state, _ = packed.read(path)
+    del state["linearized_scale"]
+    packed.write(path, state)
+    run["guide"].linearized_scale = 3.0
+    resume(path, **run)
+    assert run["guide"].linearized_scale == 1.0
