@@ -9,7 +9,6 @@ import nets
 import pytest
 import torch
 from nets import tokens
-from peft import LoraConfig
 from torch import Tensor
 
 import lrvd_pyro as lrvd
@@ -173,16 +172,3 @@ def test_batches_of_two_lengths_need_no_contrasts() -> None:
     guide = RankDiagonal(model)
     noise_by_evidence(model, guide, batches)
     assert guide.log_variance.isfinite().all()
-
-
-def test_tied_noise_stays_on_the_adapter_of_the_model() -> None:
-    net = nets.perceptron()
-    net.add_adapter("other", LoraConfig(r=2, target_modules=["hidden"]))
-    net.set_adapter("other")
-    torch.nn.init.normal_(net.base_model.model.hidden.lora_B["other"].weight)
-    model = GateLoRA(net, num_data=60, adapter="other")
-    net.set_adapter(["default", "other"])
-    drawn, _ = noise_by_evidence(
-        model, RankDiagonal(model), [nets.rows(8)], noise="tied"
-    )
-    assert drawn.space.adapter == "other" and drawn.space.size == 2

@@ -8,7 +8,6 @@ import pytest
 import torch
 from nets import tokens
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lrvd_pyro.gauge import Evidence, evidence
 from lrvd_pyro.guides import RankDiagonal, RowDiagonal
@@ -154,19 +153,16 @@ def test_a_sketch_shorter_than_the_gradients_keeps_gamma_loo() -> None:
     """P = 3,888 and n K = 2,100 gradients are both beyond the 2,048 of a sketch."""
     model, batches = (
         wide(40_000),
-        [{"x": torch.randn(150, 40).float()} for _ in range(7)],
+        [{"x": 3 + torch.randn(150, 40).float()} for _ in range(7)],
     )
     short = evidence(model, RankDiagonal(model), batches)
     model.num_data = 1050
     whole = evidence(model, RankDiagonal(model), batches)
     assert short.sketch.shape == (1050, 2, 2048) and whole.sketch.shape[2] == 3888
     exact = Evidence(short.curvature, None, whole.sketch, whole.slopes, short.scale)
-    assert short.gamma_loo == pytest.approx(exact.gamma_loo, rel=0.05)
+    with pytest.warns(UserWarning, match="may be wrong by .* a sketch of 2048 numbers"):
+        assert short.gamma_loo == pytest.approx(exact.gamma_loo, rel=0.05)
     assert short.gamma == pytest.approx(exact.gamma, rel=0.05)
-    # the twin: without the signs, elements of a bucket add up
-    bare = F.pad(whole.sketch, (0, 208)).unflatten(2, (2, 2048)).sum(2)
-    unsigned = Evidence(short.curvature, None, bare, whole.slopes, short.scale)
-    assert unsigned.gamma_loo != pytest.approx(exact.gamma_loo, rel=0.05)
 
 
 def test_more_examples_than_num_data_are_refused_by_name() -> None:
