@@ -106,7 +106,8 @@ def main(argv: list[str] | None = None) -> None:
     text += ["The columns are explained in `fault_trials.py`.", table(found)]
     options.out.write_text("\n\n".join(text) + "\n")
     if options.log:
-        options.log.write_text("".join(f"{' | '.join(each)}\n" for each in found))
+        lines = "".join(f"{' | '.join(each)}\n" for each in found)
+        options.log.write_text(lines, errors="backslashreplace")
     print(table(found))
     if bad := collections.Counter(failures(found)):
         sys.exit("\n".join(f"{count} x {each}" for each, count in bad.items()))

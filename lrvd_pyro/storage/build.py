@@ -174,7 +174,8 @@ def _stored(
         except Unstorable as error:
             missing[name] = str(error)
     needed = stored if family else arguments
-    _check_flags(folder, make, arguments)
+    if saved["builtin"]:
+        _check_flags(folder, make, arguments)
     try:
         inspect.signature(make).bind(first, **{**known, **needed})
     except TypeError as error:

@@ -36,7 +36,15 @@ from lrvd_pyro.storage.schema import (
 )
 from lrvd_pyro.storage.spec import describe
 
-__all__ = ["Parts", "Tensors", "config_of", "joined", "parted", "read_config"]
+__all__ = [
+    "Parts",
+    "Tensors",
+    "check_config",
+    "config_of",
+    "joined",
+    "parted",
+    "read_config",
+]
 
 Tensors = dict[str, Tensor]  # by name
 Parts = dict[str, Tensors]  # by "net", "base", "model", "prior", "likelihood", "guide"
@@ -44,7 +52,7 @@ Parts = dict[str, Tensors]  # by "net", "base", "model", "prior", "likelihood", 
 _PARTS = ("net", "base", "model", "prior", "likelihood")
 _FORMAT = 3
 _HASHED = 3  # the first format with hashes of the files
-_MOST_LAYERS = 10_000
+_MOST_LAYERS = 1000
 
 _described = record(
     {"name": text, "builtin": flag, "arguments": table_of(anything)}, more=True
@@ -152,13 +160,30 @@ def read_config(folder: Path, files: Mapping[str, bytes]) -> dict[str, Any]:
             config["dtypes"] = {}
             # PEFT's own file alone has it.
             config["layer_replication"] = _replication(files)
+    except Misfit as error:
+        raise _misfit(path, error) from None
+    check_config(path, config)
+    return config
+
+
+def check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless every entry is as expected, and they agree.
+
+    Args:
+        path: The file, for messages.
+        config: The config, in the present format.
+    """
+    try:
         _checked(config, "")
         _check_together(config)
     except Misfit as error:
-        raise ValueError(
-            f"{path}: {error}; write the folder again: save(path, model, guide)"
-        ) from None
-    return config
+        raise _misfit(path, error) from None
+
+
+def _misfit(path: Path, error: Misfit) -> ValueError:
+    return ValueError(
+        f"{path}: {error}; write the folder again: save(path, model, guide)"
+    )
 
 
 def _replication(files: Mapping[str, bytes]) -> object:
@@ -184,12 +209,15 @@ def _check_together(config: Mapping[str, Any]) -> None:
     adapter = config["adapter"]
     if not adapter or "." in adapter or hasattr(nn.ModuleDict(), adapter):
         raise Misfit("adapter", adapter, "a name that nn.ModuleDict takes")
-    for span in config["layer_replication"] or ():
-        if len(span) != 2 or not span[0] < span[1] <= _MOST_LAYERS:
+    spans = config["layer_replication"] or ()
+    for span in spans:
+        if len(span) != 2 or not span[0] < span[1]:
             raise Misfit("layer_replication", span, "the first layer and the last + 1")
-    for name in names:
-        # PEFT reads names as regular expressions.
-        if not re.fullmatch(r"[\w.]+", name):
+    if sum(last - first for first, last in spans) > _MOST_LAYERS:
+        raise Misfit("layer_replication", spans, f"{_MOST_LAYERS} layers at most")
+    for name in names if spans else ():
+        # PEFT reads names as regular expressions, and the network has not these yet.
+        if not re.fullmatch(r"[-\w. ]+", name):
             raise Misfit("modules", name, "names of modules")
     if config["num_data"] <= 0:
         raise Misfit("num_data", config["num_data"], "a positive number")

@@ -134,6 +134,7 @@ def _sketch(parameter: nn.Parameter) -> dict[str, Any]:
         last = len(flat) - 1
         index = [last * (i + 1) // _SAMPLES for i in range(_SAMPLES)]
         values = flat[torch.tensor(index, device=flat.device)].double().tolist()
+        values = [value for value in values if math.isfinite(value)]  # for JSON
     return {"dtype": dtype, "shape": list(parameter.shape), "values": values}
 
 

@@ -4,18 +4,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrvd_pyro.storage.config import Parts, joined
-from lrvd_pyro.storage.peft_files import PREFIX
+from lrvd_pyro.storage.peft_files import PREFIX, module_names
 from lrvd_pyro.storage.schema import short, some
 
 __all__ = ["check_fit", "refuse_infinite", "unlike"]
 
 
-def check_fit(folder: Path, config: Mapping[str, Any], parts: Parts) -> None:
-    """Raise unless the tensors have the ranks of the config.
+def check_fit(
+    folder: Path, config: Mapping[str, Any], parts: Parts, net: nn.Module
+) -> None:
+    """Raise unless the network has the saved modules, and the tensors their ranks.
 
     Nothing has been allocated for the ranks by then.
 
@@ -23,11 +24,20 @@ def check_fit(folder: Path, config: Mapping[str, Any], parts: Parts) -> None:
         folder: The folder, for messages.
         config: The config that `save` wrote.
         parts: Its tensors, by part and name.
+        net: The base network.
 
     Raises:
         ValueError: With what does not fit.
     """
     ranks = dict(zip(config["modules"], config["ranks"], strict=True))
+    saved, known = {*ranks, *config["constants"]}, {*module_names(net)}
+    # PEFT makes replicated layers, of new names.
+    if (missing := sorted(saved - known)) and not config["layer_replication"]:
+        raise ValueError(
+            f"net, a {type(net).__name__}, lacks {len(missing)} modules that the "
+            f"adapter in {folder} changes, {missing[:3]}; pass a network of the class "
+            f"and depth that was saved"
+        )
     if unknown := {*config["frozen"]} - {*joined(parts)}:
         raise ValueError(
             f"{folder} lacks {short(sorted(unknown))}, of which it says that they do "
@@ -56,13 +66,24 @@ def refuse_infinite(tensors: Mapping[str, Tensor]) -> None:
 
     Nobody could load it, and an earlier file, which is whole, would be lost.
     """
-    names = [n for n, t in tensors.items() if not bool(torch.isfinite(t).all())]
-    if names:
+    if names := [name for name, tensor in tensors.items() if not _is_sound(tensor)]:
         raise ValueError(
             f"{some(names)}: NaN or infinity; expected finite numbers. Nothing was "
             f"written. Go back to where the run was sound: load(path, net) or "
             f"resume(path, ...)"
         )
+
+
+def _is_sound(tensor: Tensor, like: Tensor | None = None) -> bool:
+    """Whether there is no NaN, and in a parameter no infinity, as a mask may have.
+
+    Args:
+        tensor: The numbers.
+        like: A tensor that is a parameter or is none, as this one is to be.
+    """
+    parameter = isinstance(tensor if like is None else like, nn.Parameter)
+    bad = tensor.isfinite().logical_not() if parameter else tensor.isnan()
+    return not bool(bad.any())
 
 
 def unlike(saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> list[str]:
@@ -80,7 +101,7 @@ def unlike(saved: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> list[s
         mine, theirs = present[name], saved[name]
         if mine.shape != theirs.shape or _kind(mine) != _kind(theirs):
             words.append(f"{name} is {short(theirs)}, expected {short(mine)}")
-        elif not bool(torch.isfinite(theirs).all()):
+        elif not _is_sound(theirs, like=mine):
             words.append(f"{name} has NaN or infinity, expected finite numbers")
     return sorted(words)
 

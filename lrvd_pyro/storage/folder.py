@@ -19,7 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
+from peft import LoraConfig
 from torch import nn
 
 from lrvd_pyro import likelihoods, priors
@@ -40,6 +42,7 @@ from lrvd_pyro.storage.build import build, build_guide, build_model
 from lrvd_pyro.storage.config import (
     Parts,
     Tensors,
+    check_config,
     config_of,
     joined,
     parted,
@@ -52,7 +55,7 @@ from lrvd_pyro.storage.embeddings import (
 )
 from lrvd_pyro.storage.export import plain_adapter
 from lrvd_pyro.storage.fingerprint import compare_base, refuse_adapters
-from lrvd_pyro.storage.fit import check_fit, refuse_infinite, unlike
+from lrvd_pyro.storage.fit import check_fit, refuse_infinite
 from lrvd_pyro.storage.hashes import CONFIG, seal
 from lrvd_pyro.storage.peft_config import read_adapter_config
 from lrvd_pyro.storage.peft_files import (
@@ -65,7 +68,7 @@ from lrvd_pyro.storage.peft_files import (
     write_tensors,
 )
 from lrvd_pyro.storage.refusals import warn_of_moved_buffers
-from lrvd_pyro.storage.schema import some
+from lrvd_pyro.storage.restoring import match_base, restore
 from lrvd_pyro.storage.transaction import told_of, unchanged_on_error
 
 __all__ = ["load", "save"]
@@ -120,6 +123,7 @@ def save(path: AnyPath, model: RankModel, guide: nn.Module) -> Path:
     parts["base"] |= resized_embeddings(model.base_net)
     refuse_infinite(joined(parts))
     config = json.dumps(config_of(model, guide, parts), indent=2)
+    _check_written(Path(path), json.loads(config), *adapter)
     with written_whole(path, _FILES) as folder:
         write_adapter(folder, *adapter, model.base_net)
         write_tensors(folder / _POSTERIOR, joined(parts))
@@ -197,8 +201,10 @@ def load(
         with_adapter = saved["base"] | with_adapter
         compare_base(folder, net, config, with_adapter)
     refuse_other_rows(folder, net, with_adapter)
-    check_fit(folder, config, saved)
-    with unchanged_on_error(net), told_of(folder):
+    check_fit(folder, config, saved, net)
+    values = base_buffers(net).values()  # which a guide's first call may move
+    store = pyro.get_param_store()
+    with unchanged_on_error(net, store, values=values), told_of(folder):
         given: dict[str, Any] = {
             "prior": build(folder, config, "prior", prior, priors),
             "likelihood": build(folder, config, "likelihood", likelihood, likelihoods),
@@ -217,8 +223,8 @@ def load(
         own = embeddings(peft_net).items()
         parts["base"] |= {name: part for name, part in own if name in saved["base"]}
         if not check_base or config["format"] < 3:
-            _match_base(parts, saved)
-        _restore(folder, parts, saved, set(config["frozen"]))
+            match_base(parts, saved)
+        restore(folder / _POSTERIOR, parts, saved, set(config["frozen"]))
     return loaded, its_guide
 
 
@@ -243,17 +249,15 @@ def _parts(model: RankModel, guide: nn.Module) -> Parts:
     return parts
 
 
-def _match_base(parts: Parts, saved: Parts) -> None:
-    """Leave out tensors of the base that are not to be restored, in place.
-
-    Folders before format 3 have none. Another base, as one that is not quantized, may
-    have others: then those that fit are restored.
-    """
-    mine, theirs = parts["base"], saved["base"]
-    both = mine.keys() & theirs.keys()
-    fitting = {name for name in both if mine[name].shape == theirs[name].shape}
-    parts["base"] = {name: mine[name] for name in fitting}
-    saved["base"] = {name: theirs[name] for name in fitting}
+def _check_written(
+    path: Path, config: dict[str, Any], lora: LoraConfig, _: Tensors
+) -> None:
+    """Raise a ValueError if `load` would refuse what `save` is about to write."""
+    check_config(path / CONFIG, config)
+    fields: Any = lora
+    stored = json.loads(json.dumps(fields.to_dict(), default=list))
+    replication = config["layer_replication"]
+    read_adapter_config(path / ADAPTER_CONFIG, stored, replication)
 
 
 def _state(module: object) -> Tensors:
@@ -262,21 +266,3 @@ def _state(module: object) -> Tensors:
         return {}
     state: Tensors = module.state_dict(keep_vars=True)
     return state
-
-
-def _restore(folder: Path, parts: Parts, saved: Parts, frozen: set[str]) -> None:
-    """Give the tensors the saved values; every check comes before the first write."""
-    present, stored = joined(parts), joined(saved)
-    if wrong := unlike(stored, present):
-        raise ValueError(
-            f"{folder / _POSTERIOR} does not fit this model and guide: {some(wrong)}; "
-            f"pass net, prior, likelihood and guide as they were saved, or write the "
-            f"folder again: save(path, model, guide)"
-        )
-    for name, tensor in present.items():
-        # By .data, for the precision that was saved: copy_ would keep the present one.
-        # The base keeps its own.
-        dtype = tensor.dtype if name.startswith("base.") else stored[name].dtype
-        tensor.data = stored[name].to(tensor.device, dtype)
-        if isinstance(tensor, nn.Parameter):
-            tensor.requires_grad_(name not in frozen)

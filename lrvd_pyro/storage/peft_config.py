@@ -33,8 +33,8 @@ def _bias(value: object, place: str) -> None:
 
 def _share(value: Any, place: str) -> None:
     number(value, place)
-    if not 0 <= value < 1:
-        raise Misfit(place, value, "a number from 0 to below 1")
+    if not 0 <= value <= 1:
+        raise Misfit(place, value, "a number from 0 to 1")
 
 
 def _tokens(value: object, place: str) -> None:
@@ -53,12 +53,14 @@ _TAKEN: dict[str, Check] = {
     "modules_to_save": optional(list_of(text)),
     "trainable_token_indices": optional(_tokens),
     "ensure_weight_tying": flag,
+    "use_qalora": flag,
+    "qalora_group_size": whole(1),
 }
 # What ``lrvd_config.json`` says by itself, or `load` has no use for.
 _LEFT_OUT = {"peft_type", "peft_version", "auto_mapping", "base_model_name_or_path"}
 _LEFT_OUT |= {"revision", "inference_mode", "r", "lora_alpha", "rank_pattern"}
 _LEFT_OUT |= {"alpha_pattern", "target_modules", "exclude_modules", "use_rslora"}
-_LEFT_OUT |= {"init_lora_weights", "runtime_config", "qalora_group_size"}
+_LEFT_OUT |= {"init_lora_weights", "runtime_config"}
 
 
 def read_adapter_config(

@@ -132,7 +132,7 @@ def adapted(net: nn.Module, config: Mapping[str, Any], stored: LoraConfig) -> Pe
     lora.lora_bias = stored.lora_bias and not config["constant_biases"]
     try:
         peft_net = get_peft_model(net, lora, config["adapter"])
-    except AttributeError as error:  # PEFT expects methods of a task's networks
+    except (AttributeError, LookupError, TypeError) as error:  # what PEFT runs into
         raise ValueError(
             f"PEFT cannot put the saved adapter on a {type(net).__name__}: {error}; "
             f"pass the base that was saved"

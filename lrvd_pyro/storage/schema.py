@@ -144,7 +144,7 @@ def record(entries: Mapping[str, Check], *, more: bool = False) -> Check:
 def like(live: object, *, fixed: bool = False) -> Check:
     """Accept what has the names and the kinds of a live state.
 
-    A number stands for any finite number of its kind, an element of a list for any
+    A number stands for any number, an element of a list for any
     number of such elements, and a tuple for its length of them. A tensor stands for any
     of its precision and number of dimensions, null for anything plain. A history has
     NaN where a rank is gone.
@@ -166,9 +166,7 @@ def like(live: object, *, fixed: bool = False) -> Check:
         return _plain
     if isinstance(live, bool):
         return flag
-    if isinstance(live, int):
-        return whole(0 if live >= 0 else -(2**63))
-    return _real if isinstance(live, float) else text
+    return _real if isinstance(live, int | float) else text
 
 
 def _tuple_like(live: Sequence[object]) -> Check:

@@ -29,6 +29,9 @@ _HOMES = {
 }
 
 
+_SIZES = {"dim", "event_dim", "batch_shape", "event_shape", "num_masters", "size"}
+
+
 class Unstorable(Exception):
     """An argument that JSON cannot hold; its message is the argument's name."""
 
@@ -76,6 +79,8 @@ def encode(value: object) -> Any:
     `decode` is the inverse.
     """
     # By type: an Enum may be a str too, and would come back as a mere text.
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"number": repr(value)}  # which JSON has no sign for
     if value is None or type(value) in (bool, int, float, str):
         return value
     if isinstance(value, Tensor) and value.dim() == 0:
@@ -112,6 +117,8 @@ def decode(value: object) -> Any:
     if not isinstance(stored, dict):
         raise ValueError(f"keywords {short(stored)}; expected a dict")
     keywords = {key: decode(v) for key, v in stored.items()}
+    if value.get("number") in ("inf", "-inf", "nan"):
+        return float(value["number"])
     if "class" in value:
         return _find(value["class"])
     if "partial" in value:
@@ -152,9 +159,9 @@ def _check_parameters(cls: Any, args: object, keywords: dict[str, Any]) -> None:
 
     Other arguments may be sizes: `LKJCholesky` of a huge ``dim`` takes all memory.
     """
-    constraints = getattr(cls, "arg_constraints", None)
-    names = {*constraints} if isinstance(constraints, dict) else set()
+    names = {*inspect.signature(cls).parameters} - _SIZES
     numbers = [*args, *keywords.values()] if isinstance(args, tuple) else [None]
+    names = names if cls is not Distribution else set()
     if not names or not keywords.keys() <= names or not all(map(_is_number, numbers)):
         raise ValueError(
             f"{cls.__name__} of {short([args, keywords])}; expected numbers, for "
@@ -163,7 +170,10 @@ def _check_parameters(cls: Any, args: object, keywords: dict[str, Any]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    """Whether it is one, or a flag such as ``validate_args``."""
+    if value is None or isinstance(value, bool):
+        return True
+    return type(value) in (int, float) and -(2**63) < value < 2**63
 
 
 def _find(full_name: object) -> Any:

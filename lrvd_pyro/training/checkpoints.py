@@ -187,13 +187,14 @@ def resume(
     schedules = listed(schedule)
     check_kinds(path, state, kinds)
     state.setdefault("linearized_scale", 1.0)  # earlier guides had no other
-    check_form(path, state, elbo=elbo, sampler=sampler, schedules=schedules)
+    check_form(path, state, sampler=sampler, schedules=schedules)
     if version < 3:
         _name_all_moments(state["optimizer"])
     layout: Layout = state["layout"]
     check_tensors(path, state["tensors"], layout)
     check_moments(path, optimizer, layout, state["optimizer"])
-    run = model, guide, optimizer, elbo, sampler, schedules, pyro.get_param_store()
+    store = pyro.get_param_store()
+    run = model, guide, optimizer, elbo, sampler, *schedules, store
     values = stored_tensors(model, guide).values()
     with unchanged_on_error(*run, values=values), told_of(path):
         room_for_centers(model, layout)

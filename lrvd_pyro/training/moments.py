@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from lrvd_pyro.optim import AdamW, Optimizer
-from lrvd_pyro.storage.schema import Misfit, flag, like, number, optional, short
+from lrvd_pyro.storage.schema import Check, Misfit, flag, like, number, optional
 from lrvd_pyro.training.tensors import Layout
 
 __all__ = ["check_moments"]
 
 _RATES = ("lr", "weight_decay", "eps", "betas", "momentum", "dampening", "alpha", "rho")
+_NEEDED = {"lr", "betas", "momentum", "weight_decay"}
 
 
 def check_moments(
@@ -23,93 +24,116 @@ def check_moments(
     """Raise unless a step could be taken with the saved groups and moments.
 
     A moment of another shape than its parameter would make torch's fused steps write
-    beyond it.
+    beyond it. Of optimizers that are not torch's own, NaN alone is looked for.
 
     Args:
         path: The checkpoint, for the message.
         optimizer: The optimizer that is to take them.
-        layout: The layout of the tensors that it trains, by name.
+        layout: The layout of the tensors of model and guide, by name.
         saved: The state from `optimizer_state`.
 
     Raises:
         ValueError: With what does not fit.
     """
-    groups, moments = _usual(optimizer)
     try:
-        like(getattr(optimizer, "steps", None))(saved["steps"], "steps")
-        if groups is not None and len(saved["groups"]) not in (0, len(groups)):
-            raise Misfit("groups", saved["groups"], f"{len(groups)} groups")
-        for i, group in enumerate(saved["groups"]):
-            _check_group(group, groups and groups[i], f"groups[{i}]")
-        names = [name for group in saved["groups"] for name in group["params"]]
-        trained = [name for name in layout if layout[name][2]]
-        if strange := {*names} - {*trained}:
-            raise Misfit("params", sorted(strange), "names of what trains")
-        if len(names) > len({*names}):
-            raise Misfit("params", names, "each parameter once")
-        if saved["moments"].keys() != {*names}:
-            expected = "an entry for each parameter in the groups"
-            raise Misfit("moments", sorted(saved["moments"]), expected)
-        for name, state in saved["moments"].items():
-            _check_state(state, layout[name][1], moments, f"moments[{name!r}]")
+        _check(optimizer, layout, saved)
     except Misfit as error:
-        raise ValueError(
-            f"{path}: the optimizer's {error}; resume an earlier checkpoint"
-        ) from None
+        raise ValueError(f"{path}: in the optimizer's state, {error}") from None
 
 
-def _check_group(group: dict[str, Any], usual: Any, place: str) -> None:
-    rest = {name: value for name, value in group.items() if name != "params"}
-    if usual is not None:
-        like({n: v for n, v in usual.items() if n != "params"})(rest, place)
-    for name in rest.keys() & {"foreach", "fused"}:
-        optional(flag)(rest[name], f"{place}[{name!r}]")
-    for name in rest.keys() & {*_RATES}:
-        rates = rest[name] if isinstance(rest[name], list | tuple) else [rest[name]]
-        for rate in rates:
+def _check(optimizer: Any, layout: Layout, saved: Mapping[str, Any]) -> None:
+    own = isinstance(optimizer, AdamW)
+    optim = optimizer.torch_optim if own else optimizer
+    live = optimizer.groups if optim is None else optim.param_groups
+    like(getattr(optimizer, "steps", None))(saved["steps"], "steps")
+    if len(saved["groups"]) not in ({0, len(live)} if own else {len(live)}):
+        raise Misfit("groups", saved["groups"], f"{len(live)} groups")
+    names = [name for group in saved["groups"] for name in group["params"]]
+    if strange := {*names} - layout.keys():
+        raise Misfit("params", sorted(strange), "names of what the model has")
+    if len(names) > len({*names}):
+        raise Misfit("params", names, "each parameter once")
+    if saved["moments"].keys() != {*names}:
+        expected = "an entry for each parameter in the groups"
+        raise Misfit("moments", sorted(saved["moments"]), expected)
+    cls = torch.optim.AdamW if own else type(optimizer)
+    for i, (group, present) in enumerate(zip(saved["groups"], live)):
+        _check_group(group, present, f"groups[{i}]")
+        for name in group["params"]:
+            trial = _trial(cls, group, len(layout[name][1]))
+            state = saved["moments"][name]
+            _check_state(state, layout[name][1], trial, f"moments[{name!r}]")
+
+
+def _check_group(group: dict[str, Any], live: dict[str, Any], place: str) -> None:
+    """Accept entries of the kinds that the live ones have; others may be new or old."""
+    if missing := (_NEEDED & live.keys()) - group.keys():
+        raise Misfit(place, sorted(group), f"{sorted(missing)} too")
+    for name in group.keys() - {"params"}:
+        where, value = f"{place}[{name!r}]", group[name]
+        check: Check = like(live.get(name))
+        if name in ("foreach", "fused"):
+            check = optional(flag)
+        check(value, where)
+        if name in _RATES:
+            _check_rate(value, 1.0 if name == "betas" else float("inf"), where)
+
+
+def _check_rate(value: Any, end: float, place: str) -> None:
+    for rate in value if isinstance(value, list | tuple) else [value]:
+        if rate is not None:
             number(rate.item() if isinstance(rate, Tensor) else rate, place)
-            if not 0 <= rate < (1 if name == "betas" else float("inf")):
-                raise Misfit(f"{place}[{name!r}]", rate, "a rate in its range")
+            if not 0 <= rate < end:
+                raise Misfit(place, rate, "a rate in its range")
 
 
 def _check_state(
-    state: Mapping[str, Any], shape: tuple[int, ...], usual: Any, place: str
+    state: Mapping[str, Any], shape: tuple[int, ...], trial: Any, place: str
 ) -> None:
-    """Accept no moments, as before the first gradient, or all of the usual ones."""
-    if state and usual is not None and state.keys() != usual.keys():
-        raise Misfit(place, sorted(state), f"{sorted(usual)}")
+    """Accept no moments, as before the first gradient, or those of a trial's shapes."""
+    if state and trial is not None and state.keys() != trial.keys():
+        raise Misfit(place, sorted(state), f"{sorted(trial)}")
     for name, value in state.items():
-        where, shapes = f"{place}[{name!r}]", [(), tuple(shape)]
-        if usual is not None and isinstance(usual[name], Tensor):
-            shapes = [tuple(shape) if usual[name].dim() else ()]
+        where, usual = f"{place}[{name!r}]", trial and trial[name]
+        if isinstance(usual, Tensor) != isinstance(value, Tensor) and trial is not None:
+            raise Misfit(where, value, "a tensor" if usual is not None else "no tensor")
         if not isinstance(value, Tensor):
-            like(value if value is None else 0.0)(value, where)
-        elif not value.is_floating_point() or tuple(value.shape) not in shapes:
-            raise Misfit(where, value, f"floating point of shape {shapes}")
-        elif not bool(torch.isfinite(value).all()):
-            raise Misfit(where, short(value), "finite numbers")
+            continue
+        if isinstance(usual, Tensor):
+            _check_moment(value, shape, usual, where)
+        if value.is_floating_point() and bool(value.isnan().any()):
+            raise Misfit(where, value, "numbers without NaN")
 
 
-def _usual(optimizer: Any) -> tuple[Any, Any]:
-    """The groups that an optimizer has, and the moments of a number.
+def _check_moment(
+    value: Tensor, shape: tuple[int, ...], usual: Tensor, place: str
+) -> None:
+    """Compare with the moment of a small parameter, of twos in each dimension."""
+    if value.is_floating_point() != usual.is_floating_point():
+        raise Misfit(place, value, f"a tensor like {usual.dtype}")
+    whole = usual.shape == (2,) * len(shape)
+    if tuple(value.shape) != tuple(shape) if whole else value.dim() != usual.dim():
+        expected = f"the shape {list(shape)}" if whole else f"{usual.dim()} dimensions"
+        raise Misfit(place, value, expected)
+    counts = place.endswith(("sq']", "step']", "sum']"))
+    if counts and bool((value < 0).any()):
+        raise Misfit(place, "negative somewhere", "numbers from 0 on")
 
-    None where they cannot be told: a class of one's own may take other arguments, or a
-    closure in its step.
+
+def _trial(cls: type, group: dict[str, Any], dims: int) -> Any:
+    """The moments of a small parameter after a step in a group like this one.
+
+    None for a class that is not torch's, or whose step takes more than gradients.
     """
-    own = isinstance(optimizer, AdamW)
-    live = optimizer.torch_optim if own else optimizer
-    weight = torch.zeros(1, requires_grad=True)
-    weight.grad = torch.zeros(1)
-    cls: Any = torch.optim.AdamW if own else type(optimizer)
-    defaults = {} if live is None else live.defaults
-    taken = defaults.keys() & inspect.signature(cls).parameters.keys()
+    if not cls.__module__.startswith("torch.optim"):
+        return None
+    weight = torch.zeros((2,) * dims, requires_grad=True)
+    weight.grad = torch.ones_like(weight)
+    taken = group.keys() & inspect.signature(cls).parameters.keys() - {"params"}
+    maker: Any = cls
     try:
-        trial = cls([weight], **{name: defaults[name] for name in taken})
-        trial.step()
-    except (TypeError, ValueError, RuntimeError):
-        return (None if live is None else live.param_groups), None
-    if live is not None:
-        groups = live.param_groups
-    else:
-        groups = [{**trial.param_groups[0], **group} for group in optimizer.groups]
-    return groups, trial.state[weight]
+        optim = maker([weight], **{name: group[name] for name in taken})
+        optim.step()
+    except Exception:  # whatever a closure that is missing leads to
+        return None
+    return dict(optim.state[weight])

@@ -119,7 +119,7 @@ def _hash(content: str, tensors: dict[str, Tensor]) -> str:
     found = hashlib.sha256(content.encode())
     for name, tensor in sorted(tensors.items()):
         found.update(json.dumps([name, str(tensor.dtype), [*tensor.shape]]).encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

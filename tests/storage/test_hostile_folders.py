@@ -174,7 +174,7 @@ def lrvd_config(path: Path, **changes: Any) -> None:
 def test_a_name_that_is_a_regular_expression_is_refused_at_once(tmp_path: Path) -> None:
     path, base, _ = folder(tmp_path / "run")
     lrvd_config(path, modules=["hidden", "(a+)+$"])
-    with pytest.raises(ValueError, match=r"modules is '\(a\+\)\+\$'; expected names"):
+    with pytest.raises(ValueError, match=r"lacks 1 modules .*\(a\+\)\+\$'\]; pass"):
         lrvd.load(path, base)
 
 
@@ -187,7 +187,7 @@ def test_sizes_are_compared_before_memory_is_taken(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="rank 3 in 'hidden', and as its lora_A a ten"):
         lrvd.load(path, base)
     lrvd_config(path, ranks=[4, 4], modules=["hidden", "elsewhere"])
-    with pytest.raises(ValueError, match="lora_A None; expected that many rows"):
+    with pytest.raises(ValueError, match=r"lacks 1 modules .*'elsewhere'\]; pass a"):
         lrvd.load(path, base)
 
 
@@ -277,8 +277,8 @@ def test_entries_of_the_config_agree(
     ("changes", "message"),
     [
         (
-            {"lora_dropout": 1.0},
-            "lora_dropout is 1.0; expected a number from 0 to",
+            {"lora_dropout": 1.5},
+            "lora_dropout is 1.5; expected a number from 0 to",
         ),
         ({"task_type": "X"}, "task_type is 'X'; expected one of"),
         ({"bias": "some"}, "bias is 'some'; expected 'none', 'all' or 'lora_only'"),
@@ -331,3 +331,15 @@ def test_a_task_of_other_networks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="put the saved adapter on a Perceptron"):
         lrvd.load(path, base)
     assert damaged.state_of(base) == before
+
+
+def test_replicated_layers_have_names_and_a_bound(tmp_path: Path) -> None:
+    path, base, _ = folder(tmp_path / "run")
+    lrvd_config(path, modules=["hidden", "(a+)+$"], layer_replication=[[0, 2]])
+    with pytest.raises(ValueError, match=r"modules is '\(a\+\)\+\$'; expected names"):
+        lrvd.load(path, base)
+    lrvd_config(path, modules=["hidden", "out"], layer_replication=[[0, 2]] * 1000)
+    with pytest.raises(
+        ValueError, match="replication is .*; expected 1000 layers"
+    ):
+        lrvd.load(path, base)
