@@ -339,7 +339,5 @@ def test_replicated_layers_have_names_and_a_bound(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"modules is '\(a\+\)\+\$'; expected names"):
         lrvd.load(path, base)
     lrvd_config(path, modules=["hidden", "out"], layer_replication=[[0, 2]] * 1000)
-    with pytest.raises(
-        ValueError, match="replication is .*; expected 1000 layers"
-    ):
+    with pytest.raises(ValueError, match="replication is .*; expected 1000 layers"):
         lrvd.load(path, base)
