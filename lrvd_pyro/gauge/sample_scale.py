@@ -17,7 +17,7 @@ __all__ = ["effect_of_draws", "sample_scale", "spread_examples"]
 
 _Part = dict[str, Any]
 _ROWS, _PARTS = 4, 8  # examples of a part; of these, as many to twice as many
-_FEW, _PAIRS, _MOST_PAIRS, _AT_ONCE = 8, 32, 512, 8
+_FEW, _PAIRS, _MOST_PAIRS, _AT_ONCE = 8, 32, 128, 8
 _MARGIN = 2.0  # standard errors that the bound must hold by
 _TOLERATED = 0.1  # the standard error beyond which there are more pairs
 _TIGHT, _TRIES = 0.9, 24  # how near the bound is enough
@@ -58,7 +58,7 @@ def sample_scale(
     Var c(z)``. Beyond it, averages of draws are those of another network.
 
     The bound holds by two standard errors over the draws. Eight pairs of these find
-    roughly where; then there are 32, or up to 512, until one standard error is a tenth
+    roughly where; then there are 32, or 128, until one standard error is a tenth
     of the noise. The factor found is a fifth below the exact one in the mean. For a
     network that sees a single direction of the noise, which is worst, it was between
     half of it and a third more.
