@@ -118,11 +118,11 @@ def export_peft(
     ):
         if mode == "merged":
             merged = merge(model, guide)
-            refuse_infinite(merged.state_dict())
+            refuse_infinite(merged.state_dict(keep_vars=True))
             merged.save_pretrained(folder)
         else:
             config, tensors = plain_adapter(model, guide, uniform=mode == "padded")
-            refuse_infinite(tensors)
+            refuse_infinite({n: nn.Parameter(t, False) for n, t in tensors.items()})
             write_adapter(folder, config, tensors, model.base_net)
         if probe is not None:
             _compare(folder, model, guide, mode, probe)

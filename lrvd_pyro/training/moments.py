@@ -109,9 +109,11 @@ def _check_moment(
     value: Tensor, shape: tuple[int, ...], usual: Tensor, place: str
 ) -> None:
     """Compare with the moment of a small parameter, of twos in each dimension."""
-    if value.is_floating_point() != usual.is_floating_point():
-        raise Misfit(place, value, f"a tensor like {usual.dtype}")
     whole = usual.shape == (2,) * len(shape)
+    # Moments have any precision of floating point, counts their own.
+    kinds = value.is_floating_point() == usual.is_floating_point()
+    if not kinds or (usual.dim() == 0 and value.dtype != usual.dtype):
+        raise Misfit(place, value, f"a tensor like {usual.dtype}")
     if tuple(value.shape) != tuple(shape) if whole else value.dim() != usual.dim():
         expected = f"the shape {list(shape)}" if whole else f"{usual.dim()} dimensions"
         raise Misfit(place, value, expected)

@@ -65,3 +65,11 @@ def test_a_probe_that_does_not_fit_tells_the_path(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as told:
         export_peft(tmp_path / "out", model, guide, probe={"nothing": torch.ones(2)})
     assert f"while reading or writing {tmp_path / 'out'}" in told.value.__notes__
+
+
+@pytest.mark.parametrize("mode", ["pruned", "merged"])
+def test_an_infinite_scaling_is_not_exported(mode: Any, tmp_path: Path) -> None:
+    _, model, guide = saved(tmp_path)
+    model.space.layers[0].scaling["default"] = math.inf
+    with pytest.raises(ValueError, match="NaN or infinity; expected finite numbers"):
+        export_peft(tmp_path / "out", model, guide, mode=mode)
