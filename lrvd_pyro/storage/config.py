@@ -18,7 +18,7 @@ from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.rank_space.center import center_of
 from lrvd_pyro.rank_space.constant import is_frozen_bias
 from lrvd_pyro.storage.atomic import read_json
-from lrvd_pyro.storage.fingerprint import fingerprint
+from lrvd_pyro.storage.fingerprint import fingerprint, fingerprint_form
 from lrvd_pyro.storage.hashes import CONFIG, check_hashes
 from lrvd_pyro.storage.peft_files import ADAPTER_CONFIG, live_config, plain_name
 from lrvd_pyro.storage.schema import (
@@ -57,11 +57,10 @@ _MOST_LAYERS = 1000
 _described = record(
     {"name": text, "builtin": flag, "arguments": table_of(anything)}, more=True
 )
-_sketch = record({"dtype": text, "shape": list_of(whole(0)), "values": list_of(number)})
 _checked = record(
     {
         "adapter": text,
-        "base": table_of(_sketch),
+        "base": fingerprint_form,
         "centered": flag,
         "constant_biases": flag,
         "constants": table_of(number),

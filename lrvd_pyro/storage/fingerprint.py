@@ -14,16 +14,22 @@ from lrvd_pyro._compat.transformers import tied_names
 from lrvd_pyro.rank_space.find import plain_net
 from lrvd_pyro.rank_space.names import is_adapters, plain_name
 from lrvd_pyro.storage.embeddings import way_out
+from lrvd_pyro.storage.schema import list_of, number, record, table_of, text, whole
 
 __all__ = [
     "Fingerprint",
     "compare_base",
     "differences",
     "fingerprint",
+    "fingerprint_form",
     "refuse_adapters",
 ]
 
 Fingerprint = dict[str, dict[str, Any]]  # dtype, shape and values, by parameter name
+
+fingerprint_form = table_of(
+    record({"dtype": text, "shape": list_of(whole(0)), "values": list_of(number)})
+)
 
 _SAMPLES = 4
 _FULL = {f"torch.{name}" for name in ("float64", "float32", "float16", "bfloat16")}

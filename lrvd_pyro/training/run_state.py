@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lrvd_pyro.storage.fingerprint import fingerprint_form
 from lrvd_pyro.storage.schema import (
     Check,
     Misfit,
@@ -25,7 +26,6 @@ from lrvd_pyro.training.tensors import Layout
 
 __all__ = ["check_form", "check_tensors"]
 
-_sketch = record({"dtype": text, "shape": list_of(whole(0)), "values": list_of(number)})
 _ranks = {"modules": list_of(text), "ranks": list_of(whole(1))}
 _ranks["origin"] = list_of(whole(0))
 _optimizer = {
@@ -57,7 +57,7 @@ def check_form(
         "kinds": table_of(list_of(text)),
         "ranks": record(_ranks),
         "layout": table_of(_layout),
-        "base": table_of(_sketch),
+        "base": fingerprint_form,
         "tensors": table_of(anything),
         "linearized_scale": number,
         "optimizer": record(_optimizer),
