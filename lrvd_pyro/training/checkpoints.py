@@ -95,7 +95,7 @@ def checkpoint(
     Raises:
         TypeError: If guide, optimizer, elbo or a state cannot be stored.
         ValueError: If the guide has no parameters yet; if a tensor of model or guide
-            has NaN or infinity; if the optimizer holds other
+            or a moment has NaN or infinity; if the optimizer holds other
             parameters, or a restored state that no step has used yet; or if ``path`` is
             a folder.
         OSError: If the disk is full or read-only; ``path`` stays as it was.
@@ -104,14 +104,14 @@ def checkpoint(
     tensors = stored_tensors(model, guide)
     refuse_infinite(tensors)
     space = model.space
-    state = {
+    state: dict[str, Any] = {
         "kinds": kinds,
         "ranks": {
             "modules": space.modules,
             "ranks": space.ranks,
             "origin": space.origin,
         },
-        "layout": layout_of(tensors, {}),
+        "layout": (layout := layout_of(tensors, {})),
         "base": base_of(model),
         "tensors": tensors,
         "linearized_scale": getattr(guide, "linearized_scale", 1.0),
@@ -122,6 +122,8 @@ def checkpoint(
         "random": random_state(),
         "extra": extra,
     }
+    # What resume would refuse must not replace a file that it takes.
+    check_moments(Path(path), optimizer, layout, state["optimizer"])
     tree_file.write(Path(path).resolve(), state)
 
 

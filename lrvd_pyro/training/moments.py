@@ -24,7 +24,7 @@ def check_moments(
     """Raise unless a step could be taken with the saved groups and moments.
 
     A moment of another shape than its parameter would make torch's fused steps write
-    beyond it. Of optimizers that are not torch's own, NaN alone is looked for.
+    beyond it. Of optimizers that are not torch's own, finite numbers alone are asked.
 
     Args:
         path: The checkpoint, for the message.
@@ -101,8 +101,8 @@ def _check_state(
             continue
         if isinstance(usual, Tensor):
             _check_moment(value, shape, usual, where)
-        if value.is_floating_point() and bool(value.isnan().any()):
-            raise Misfit(where, value, "numbers without NaN")
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise Misfit(where, value, "finite numbers: a gradient was too large")
 
 
 def _check_moment(
