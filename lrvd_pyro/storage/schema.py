@@ -166,7 +166,9 @@ def like(live: object, *, fixed: bool = False) -> Check:
         return _plain
     if isinstance(live, bool):
         return flag
-    return _real if isinstance(live, int | float) else text
+    if isinstance(live, int):
+        return number
+    return _real if isinstance(live, float) else text
 
 
 def _tuple_like(live: Sequence[object]) -> Check:

@@ -111,6 +111,8 @@ def decode(value: object) -> Any:
     """
     if isinstance(value, list):
         return tuple(decode(element) for element in value)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"{short(value)} has more than the 64 bits of a tensor")
     if not isinstance(value, dict):
         return value
     stored = value.get("keywords", {})

@@ -189,6 +189,8 @@ def resume(
     schedules = listed(schedule)
     check_kinds(path, state, kinds)
     state.setdefault("linearized_scale", 1.0)  # earlier guides had no other
+    if version < 3 and isinstance(state.get("optimizer"), dict):
+        state["optimizer"]["torch"] = ""
     check_form(path, state, sampler=sampler, schedules=schedules)
     if version < 3:
         _name_all_moments(state["optimizer"])

@@ -44,6 +44,7 @@ def optimizer_state(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> _Sta
         )
     return {
         "steps": getattr(optimizer, "steps", None),
+        "torch": str(torch.__version__),
         "groups": [
             {**group, "params": [names[p] for p in group["params"]]} for group in groups
         ],

@@ -30,6 +30,7 @@ _ranks = {"modules": list_of(text), "ranks": list_of(whole(1))}
 _ranks["origin"] = list_of(whole(0))
 _optimizer = {
     "steps": optional(whole(0)),
+    "torch": text,
     "groups": list_of(record({"params": list_of(text)}, more=True)),
     "moments": table_of(table_of(anything)),
 }
