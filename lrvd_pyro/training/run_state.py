@@ -133,4 +133,11 @@ def _state_of(thing: Stateful | None) -> Check:
         return form
     # They hold the attributes of a user's own objects.
     entries = {name: like(value, fixed=True) for name, value in live.items()}
-    return record(entries | {"lr_lambdas": anything})
+    count = len(live["lr_lambdas"])
+
+    def attributes(value: Any, place: str) -> None:
+        list_of(optional(table_of(anything)))(value, place)
+        if len(value) != count:
+            raise Misfit(place, value, f"{count} of them")
+
+    return record(entries | {"lr_lambdas": attributes})
