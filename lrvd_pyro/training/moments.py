@@ -15,7 +15,7 @@ from lrvd_pyro.training.tensors import Layout
 __all__ = ["check_moments"]
 
 _RATES = ("lr", "weight_decay", "eps", "betas", "momentum", "dampening", "alpha", "rho")
-_NEEDED = {"lr", "betas", "momentum", "weight_decay"}
+_NEEDED = {"lr", "betas", "eps", "momentum", "weight_decay"}
 
 
 def check_moments(

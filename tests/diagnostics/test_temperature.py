@@ -41,6 +41,7 @@ def test_shapes_that_do_not_fit_and_nan_are_refused() -> None:
             fit_temperature(logits, labels)
 
 
+@pytest.mark.filterwarnings("ignore:T = 100 lies where its range ends")
 def test_labels_and_logits_without_a_likelihood_are_refused() -> None:
     logits, labels = torch.zeros(3, 2), torch.tensor([0, 0, 1])
     for wrong in (torch.tensor([0, 0, 5]), torch.tensor([0, 0, -100])):
