@@ -5,7 +5,6 @@ Each mutation says in words what it did. A new mutation is one more entry of FOL
 CHECKPOINT. Kinds in DAMAGE leave the hashes as they were.
 """
 
-import importlib
 import json
 import math
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from benchmarks.fault_trees import ENDLESS, TENSOR_EDITS, TREE_EDITS, TWIN, Edit
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lrvd_pyro.storage.hashes import seal
 from lrvd_pyro.training import tree_file
 
 # What was written, and what another run wrote of the same kind.
@@ -88,13 +88,6 @@ DESCRIPTIONS: list[Any] = [
     {"unstorable": "x"},
     {},
 ]
-
-
-def seal(folder: Path) -> None:
-    """Write the hashes again, in versions of the library that have them."""
-    hashes = "lrvd_pyro.storage.hashes"
-    if importlib.util.find_spec(hashes):
-        importlib.import_module(hashes).seal(folder)
 
 
 def flipped(path: Path, rng: Random) -> str:

@@ -100,9 +100,15 @@ def main(argv: list[str] | None = None) -> None:
     for number, seed in enumerate(options.seeds):
         # A sweep is the same for every seed.
         found += outcomes(seed, *numbers, sweeps=options.sweep and not number)
-    given = shlex.join(sys.argv[1:] if argv is None else argv)
+    given = [*(sys.argv[1:] if argv is None else argv)]
+    if "--log" in given:  # a place on one machine
+        at = given.index("--log")
+        del given[at : at + 2]
     known = ", ".join(f"{name} {value}" for name, value in versions().items())
-    text = [f"# {__doc__.splitlines()[0]}", f"By `faults.py {given}`; {known}."]
+    text = [
+        f"# {__doc__.splitlines()[0]}",
+        f"By `faults.py {shlex.join(given)}`; {known}.",
+    ]
     text += ["The columns are explained in `fault_trials.py`.", table(found)]
     options.out.write_text("\n\n".join(text) + "\n")
     if options.log:

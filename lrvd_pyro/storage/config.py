@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ __all__ = [
     "Parts",
     "Tensors",
     "check_config",
+    "check_origin",
     "config_of",
     "joined",
     "parted",
@@ -201,10 +202,7 @@ def _check_together(config: Mapping[str, Any]) -> None:
         if len(config[entry]) != len(modules):
             expected = f"one for each of the {len(modules)} modules"
             raise Misfit(entry, config[entry], expected)
-    origin = config["origin"]
-    if len(origin) != sum(ranks) or len({*origin}) < len(origin):
-        expected = f"{sum(ranks)} different numbers, one for each rank component"
-        raise Misfit("origin", origin, expected)
+    check_origin(config["origin"], ranks)
     adapter = config["adapter"]
     if not adapter or "." in adapter or hasattr(nn.ModuleDict(), adapter):
         raise Misfit("adapter", adapter, "a name that nn.ModuleDict takes")
@@ -220,6 +218,13 @@ def _check_together(config: Mapping[str, Any]) -> None:
             raise Misfit("modules", name, "names of modules")
     if config["num_data"] <= 0:
         raise Misfit("num_data", config["num_data"], "a positive number")
+
+
+def check_origin(origin: Sequence[int], ranks: Sequence[int]) -> None:
+    """Raise a Misfit unless each rank component has a number of its own."""
+    if len(origin) != sum(ranks) or len({*origin}) < len(origin):
+        expected = f"{sum(ranks)} different numbers, one for each rank component"
+        raise Misfit("origin", origin, expected)
 
 
 def joined(parts: Parts) -> Tensors:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lrvd_pyro.storage.config import Parts, joined
-from lrvd_pyro.storage.peft_files import PREFIX, module_names
+from lrvd_pyro.storage.peft_files import PREFIX, module_names, refuse_missing
 from lrvd_pyro.storage.schema import short, some
 
 __all__ = ["check_fit", "refuse_infinite", "unlike"]
@@ -30,14 +30,8 @@ def check_fit(
         ValueError: With what does not fit.
     """
     ranks = dict(zip(config["modules"], config["ranks"], strict=True))
-    saved, known = {*ranks, *config["constants"]}, {*module_names(net)}
-    # PEFT makes replicated layers, of new names.
-    if (missing := sorted(saved - known)) and not config["layer_replication"]:
-        raise ValueError(
-            f"net, a {type(net).__name__}, lacks {len(missing)} modules that the "
-            f"adapter in {folder} changes, {missing[:3]}; pass a network of the class "
-            f"and depth that was saved"
-        )
+    if not config["layer_replication"]:  # by which PEFT makes layers of new names
+        refuse_missing(net, {*ranks, *config["constants"]} - {*module_names(net)})
     if unknown := {*config["frozen"]} - {*joined(parts)}:
         raise ValueError(
             f"{folder} lacks {short(sorted(unknown))}, of which it says that they do "

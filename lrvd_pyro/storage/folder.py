@@ -21,7 +21,6 @@ from typing import Any
 
 import pyro
 import torch
-from peft import LoraConfig
 from torch import nn
 
 from lrvd_pyro import likelihoods, priors
@@ -123,7 +122,7 @@ def save(path: AnyPath, model: RankModel, guide: nn.Module) -> Path:
     parts["base"] |= resized_embeddings(model.base_net)
     refuse_infinite(joined(parts))
     config = json.dumps(config_of(model, guide, parts), indent=2)
-    _check_written(Path(path), json.loads(config), *adapter)
+    _check_loadable(Path(path), json.loads(config), adapter[0])
     with written_whole(path, _FILES) as folder:
         write_adapter(folder, *adapter, model.base_net)
         write_tensors(folder / _POSTERIOR, joined(parts))
@@ -201,7 +200,8 @@ def load(
         with_adapter = saved["base"] | with_adapter
         compare_base(folder, net, config, with_adapter)
     refuse_other_rows(folder, net, with_adapter)
-    check_fit(folder, config, saved, net)
+    with told_of(folder):
+        check_fit(folder, config, saved, net)
     values = base_buffers(net).values()  # which a guide's first call may move
     store = pyro.get_param_store()
     with unchanged_on_error(net, store, values=values), told_of(folder):
@@ -249,13 +249,10 @@ def _parts(model: RankModel, guide: nn.Module) -> Parts:
     return parts
 
 
-def _check_written(
-    path: Path, config: dict[str, Any], lora: LoraConfig, _: Tensors
-) -> None:
+def _check_loadable(path: Path, config: dict[str, Any], lora: Any) -> None:
     """Raise a ValueError if `load` would refuse what `save` is about to write."""
     check_config(path / CONFIG, config)
-    fields: Any = lora
-    stored = json.loads(json.dumps(fields.to_dict(), default=list))
+    stored = json.loads(json.dumps(lora.to_dict(), default=list))
     replication = config["layer_replication"]
     read_adapter_config(path / ADAPTER_CONFIG, stored, replication)
 

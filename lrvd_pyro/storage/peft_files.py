@@ -1,7 +1,7 @@
 """An adapter in PEFT's own terms: its names, its config, its files."""
 
 import copy
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ __all__ = [
     "lora_config",
     "module_names",
     "plain_name",
+    "refuse_missing",
     "write_adapter",
     "write_tensors",
 ]
@@ -137,7 +138,9 @@ def adapted(net: nn.Module, config: Mapping[str, Any], stored: LoraConfig) -> Pe
             f"PEFT cannot put the saved adapter on a {type(net).__name__}: {error}; "
             f"pass the base that was saved"
         ) from error
-    _refuse_missing(peft_net, scalings)
+    named = plain_net(peft_net).named_modules()
+    layers = {name for name, module in named if isinstance(module, LoraLayer)}
+    refuse_missing(net, scalings.keys() - layers)
     for name, scaling in scalings.items():
         layer: Any = peft_net.get_submodule(PREFIX + name)
         # alpha / r rounds; the saved scaling keeps predictions bit for bit.
@@ -149,14 +152,13 @@ def adapted(net: nn.Module, config: Mapping[str, Any], stored: LoraConfig) -> Pe
     return cast(PeftModel, peft_net)
 
 
-def _refuse_missing(net: PeftModel, modules: Iterable[str]) -> None:
-    named = plain_net(net).named_modules()
-    there = {name for name, module in named if isinstance(module, LoraLayer)}
-    if missing := sorted({*modules} - there):
+def refuse_missing(net: nn.Module, missing: Collection[str]) -> None:
+    """Raise a ValueError if a base lacks modules that an adapter changes."""
+    if missing:
         raise ValueError(
-            f"net, a {type(plain_net(net)).__name__}, lacks {len(missing)} modules "
-            f"that the saved adapter changes, {missing[:3]}; pass a network of the "
-            f"class and depth that was saved"
+            f"net, a {type(net).__name__}, lacks {len(missing)} modules that the saved "
+            f"adapter changes, {sorted(missing)[:3]}; pass a network of the class and "
+            f"depth that was saved"
         )
 
 

@@ -144,10 +144,10 @@ def record(entries: Mapping[str, Check], *, more: bool = False) -> Check:
 def like(live: object, *, fixed: bool = False) -> Check:
     """Accept what has the names and the kinds of a live state.
 
-    A number stands for any number, an element of a list for any
-    number of such elements, and a tuple for its length of them. A tensor stands for any
-    of its precision and number of dimensions, null for anything plain. A history has
-    NaN where a rank is gone.
+    A number stands for any number, a list for any number of elements like its first,
+    and a tuple for its length of elements like its own. A tensor stands for any of its
+    precision and number of dimensions, NaN included, which a history has where a rank
+    is gone. Null stands for anything plain.
 
     Args:
         live: The state.

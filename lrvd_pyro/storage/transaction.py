@@ -1,15 +1,15 @@
 """A block after whose failure objects are bit for bit what they were before it."""
 
-import random
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+
+from lrvd_pyro.storage.random_state import random_state, set_random_state
 
 __all__ = ["told_of", "unchanged_on_error"]
 
@@ -36,8 +36,7 @@ def unchanged_on_error(
     """
     before = _Snapshot(things)
     copies = [(tensor, tensor.detach().clone()) for tensor in values]
-    generators = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    generators = random_state()
     try:
         yield
     except BaseException:
@@ -45,10 +44,7 @@ def unchanged_on_error(
         with torch.no_grad():
             for tensor, copy in copies:
                 tensor.copy_(copy)
-        torch.set_rng_state(generators[0])
-        np.random.set_state(generators[1])
-        random.setstate(generators[2])
-        torch.cuda.set_rng_state_all(cuda)
+        set_random_state(generators)
         raise
 
 

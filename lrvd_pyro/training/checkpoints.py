@@ -15,8 +15,10 @@ from lrvd_pyro.models.base import RankModel
 from lrvd_pyro.optim import Optimizer
 from lrvd_pyro.selection.removal import select
 from lrvd_pyro.storage.fit import refuse_infinite
+from lrvd_pyro.storage.random_state import random_state, set_random_state
 from lrvd_pyro.storage.transaction import told_of, unchanged_on_error
 from lrvd_pyro.training import tree_file
+from lrvd_pyro.training.earlier import brought_up
 from lrvd_pyro.training.kinds import Stateful, check_kinds, kinds_of, listed
 from lrvd_pyro.training.moments import check_moments
 from lrvd_pyro.training.optimizer_state import (
@@ -24,7 +26,6 @@ from lrvd_pyro.training.optimizer_state import (
     load_optimizer,
     optimizer_state,
 )
-from lrvd_pyro.training.random_state import random_state, set_random_state
 from lrvd_pyro.training.run_state import check_form, check_tensors
 from lrvd_pyro.training.sampler import ResumableSampler
 from lrvd_pyro.training.tensors import (
@@ -184,16 +185,10 @@ def resume(
     kinds = kinds_of(model, guide, optimizer, elbo, sampler, schedule)
     stored_tensors(model, guide)  # refuses a wrong pair before the file is opened
     state, version = tree_file.read(path)
-    if version == 1:
-        state = _from_version_1(state)
     schedules = listed(schedule)
     check_kinds(path, state, kinds)
-    state.setdefault("linearized_scale", 1.0)  # earlier guides had no other
-    if version < 3 and isinstance(state.get("optimizer"), dict):
-        state["optimizer"]["torch"] = ""
+    state = brought_up(path, state, version)
     check_form(path, state, sampler=sampler, schedules=schedules)
-    if version < 3:
-        _name_all_moments(state["optimizer"])
     layout: Layout = state["layout"]
     check_tensors(path, state["tensors"], layout)
     check_moments(path, optimizer, layout, state["optimizer"])
@@ -231,30 +226,3 @@ def resume(
         # Last, since a user's own load_state_dict may draw.
         set_random_state(state["random"])
     return state["extra"]
-
-
-def _name_all_moments(optimizer: dict[str, Any]) -> None:
-    """Add what checkpoints before version 3 left out: parameters without moments."""
-    names = [name for group in optimizer["groups"] for name in group["params"]]
-    optimizer["moments"] = dict.fromkeys(names, {}) | optimizer["moments"]
-
-
-def _from_version_1(state: dict[str, Any]) -> dict[str, Any]:
-    """Bring the state of a checkpoint of version 0.1 to the present names.
-
-    There, centers and the gradients of a BalanceSchedule had other names.
-    """
-
-    def renamed(tensors: dict[str, Any]) -> dict[str, Any]:
-        ends = ".centre", ".center"
-        return {
-            n.removesuffix(ends[0]) + ends[1] if n.endswith(ends[0]) else n: t
-            for n, t in tensors.items()
-        }
-
-    schedules = [
-        {"gradients" if k == "scores" else k: v for k, v in each.items()}
-        for each in state["schedule"]
-    ]
-    named = {name: renamed(state[name]) for name in ("layout", "tensors")}
-    return state | named | {"schedule": schedules}

@@ -42,6 +42,7 @@ def check_moments(
 
 
 def _check(optimizer: Any, layout: Layout, saved: Mapping[str, Any]) -> None:
+    """Check names, then each group, then the moments of its parameters."""
     own = isinstance(optimizer, AdamW)
     optim = optimizer.torch_optim if own else optimizer
     live = optimizer.groups if optim is None else optim.param_groups
@@ -61,10 +62,12 @@ def _check(optimizer: Any, layout: Layout, saved: Mapping[str, Any]) -> None:
     same = saved["torch"] == str(torch.__version__)
     for i, (group, present) in enumerate(zip(saved["groups"], live)):
         _check_group(group, {**usual, **present}, f"groups[{i}]", exact=same)
-        for name in group["params"]:
-            trial = _trial(cls, group, len(layout[name][1]))
-            state = saved["moments"][name]
-            _check_state(state, layout[name][1], trial, f"moments[{name!r}]")
+        shapes = {name: layout[name][1] for name in group["params"]}
+        # One step for all parameters of as many dimensions.
+        trials = {n: _trial(cls, group, n) for n in {*map(len, shapes.values())}}
+        for name, shape in shapes.items():
+            state, trial = saved["moments"][name], trials[len(shape)]
+            _check_state(state, shape, trial, f"moments[{name!r}]")
 
 
 def _check_group(

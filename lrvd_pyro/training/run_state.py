@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lrvd_pyro.storage.config import check_origin
 from lrvd_pyro.storage.fingerprint import fingerprint_form
+from lrvd_pyro.storage.random_state import check_random_state
 from lrvd_pyro.storage.schema import (
     Check,
     Misfit,
@@ -21,13 +23,15 @@ from lrvd_pyro.storage.schema import (
     whole,
 )
 from lrvd_pyro.training.kinds import Stateful
-from lrvd_pyro.training.random_state import check_random_state
 from lrvd_pyro.training.tensors import Layout
 
 __all__ = ["check_form", "check_tensors"]
 
-_ranks = {"modules": list_of(text), "ranks": list_of(whole(1))}
-_ranks["origin"] = list_of(whole(0))
+_ranks = {
+    "modules": list_of(text),
+    "ranks": list_of(whole(1)),
+    "origin": list_of(whole(0)),
+}
 _optimizer = {
     "steps": optional(whole(0)),
     "torch": text,
@@ -70,9 +74,7 @@ def check_form(
     }
     try:
         record(checks)(state, "")
-        ranks, origin = state["ranks"]["ranks"], state["ranks"]["origin"]
-        if len(origin) != sum(ranks) or len({*origin}) < len(origin):
-            raise Misfit("origin", origin, f"{sum(ranks)} different numbers")
+        check_origin(state["ranks"]["origin"], state["ranks"]["ranks"])
         if len(state["schedule"]) != len(schedules):
             expected = f"the states of {len(schedules)} schedules"
             raise Misfit("schedule", state["schedule"], expected)

@@ -147,6 +147,13 @@ def begun(path: Path, driver: str = "svi", steps: int = 7) -> Run:
     return run
 
 
+def started(driver: str) -> Run:
+    """A new run after one step."""
+    run = fresh(driver)
+    train(run, 1)
+    return run
+
+
 def everything(run: Run) -> str:
     """All that resume could change, without changing it."""
     kept = torch.get_rng_state(), random.getstate(), np.random.get_state()
